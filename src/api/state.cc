@@ -1,0 +1,331 @@
+#include "api/state.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+
+#include "base/test_point.h"
+#include "os/thread.h"
+
+namespace ksmu::api {
+namespace {
+
+thread_local char t_last_error[320];
+
+engine::Settings g_settings;
+
+struct State {
+  // Held over starting, stopping and fork; never by a library thread, never while a command is carried out but the last.
+  std::mutex mutex;
+  std::atomic<engine::Runtime*> runtime{nullptr};
+  std::atomic<std::int64_t> users{0};
+  std::int64_t starts = 0;        // starts not yet taken back
+  std::int64_t starts_total = 0;
+  std::atomic<bool> stopping{false};
+  std::atomic<int> pid{0};        // of the process that the engine belongs to
+  std::atomic<bool> inherited{false};  // libc's fork from a process with an engine: the first use wakes one here
+  engine::RuntimeOptions options;
+  bool by_first_use = false;
+  std::int64_t option_max_maps = 0;
+};
+
+// Never destroyed: library threads and functions of the interface outlive static destructors.
+alignas(State) unsigned char g_state_memory[sizeof(State)];
+State& state() { return *reinterpret_cast<State*>(g_state_memory); }
+
+// Where a forked child finds what it inherits: this memory is copied by fork, the engine's own is not.
+engine::Inheritance g_inheritance;
+
+constexpr std::int64_t kNoMaximum = std::int64_t{1} << 40;
+const Tunable kTunables[] = {
+    {"run", &g_settings.run, 1, 0, 2},
+    {"pages_to_scan", &g_settings.pages_to_scan, 0, 0, kNoMaximum},
+    {"sleep_millisecs", &g_settings.sleep_millisecs, 20, 0, kNoMaximum},
+    {"cpu_limit_percent", &g_settings.cpu_limit_percent, 10, 0, 100},
+    {"use_zero_pages", &g_settings.use_zero_pages, 1, 0, 1},
+    {"max_page_sharing", &g_settings.max_page_sharing, 256, 2, kNoMaximum},
+    {"smart_scan", &g_settings.smart_scan, 1, 0, 1},
+    {"remerge", &g_settings.remerge, 1, 0, 1},
+    {"remerge_seconds", &g_settings.remerge_seconds, 60, 0, 4000},
+    {"max_maps", &g_settings.max_maps, 0, 0, kNoMaximum},
+    {"merge_across_nodes", nullptr, 1, 0, 1},
+    {"thp_min_duplicates", nullptr, 64, 0, 512},
+};
+
+bool ParseInteger(const char* text, std::int64_t* value) {
+  const char* end = text + std::strlen(text);
+  const auto result = std::from_chars(text, end, *value);
+  return *text && result.ec == std::errc() && result.ptr == end;
+}
+
+// Values that the environment gives to tunables, once. 0 or EINVAL with a sentence.
+int ReadEnvironment(engine::RuntimeOptions* options, std::int64_t* max_maps) {
+  for (const Tunable& tunable : kTunables) {
+    char name[64] = "KSMU_";
+    std::size_t n = 5;
+    for (const char* c = tunable.name; *c; ++c) name[n++] = *c >= 'a' && *c <= 'z' ? static_cast<char>(*c - 32) : *c;
+    const char* text = secure_getenv(name);
+    if (!text || !tunable.value) continue;
+    std::int64_t value;
+    if (!ParseInteger(text, &value) || value < tunable.minimum || value > tunable.maximum) {
+      os::ErrorText sentence;
+      sentence.Set("a tunable's variable in the environment (KSMU_...) has a value that is not a number or out of range");
+      Fail(EINVAL, sentence.text);
+      return EINVAL;
+    }
+    if (tunable.value == &g_settings.max_maps) *max_maps = value;
+    tunable.value->store(value, std::memory_order_relaxed);
+  }
+  if (const char* cpus = secure_getenv("KSMU_CPUS")) {
+    if (std::strlen(cpus) >= sizeof options->cpus) {
+      Fail(EINVAL, "KSMU_CPUS is too long");
+      return EINVAL;
+    }
+    std::strcpy(options->cpus, cpus);
+  }
+  if (const char* user = secure_getenv("KSMU_USER_MODE_ONLY")) options->user_mode_only = std::strcmp(user, "1") == 0;
+  return 0;
+}
+
+void ForkPrepare() {
+  State& s = state();
+  s.mutex.lock();
+  if (engine::Runtime* runtime = s.runtime.load(std::memory_order_acquire); runtime && s.pid == os::ProcessId()) {
+    runtime->Pause(&g_inheritance);
+    KSMU_TEST_POINT("fork.prepare", 0, 0);
+  }
+}
+
+void ForkParent() {
+  State& s = state();
+  if (engine::Runtime* runtime = s.runtime.load(std::memory_order_acquire); runtime && s.pid == os::ProcessId()) {
+    runtime->Resume();
+  }
+  s.mutex.unlock();
+}
+
+void ForkChild() {
+  State& s = state();
+  // The parent's engine, its threads and its tables are not here. What is left: the options, and what it knew.
+  const bool had = s.runtime.load(std::memory_order_relaxed) != nullptr;
+  s.runtime.store(nullptr, std::memory_order_relaxed);
+  s.users.store(0, std::memory_order_relaxed);
+  s.stopping.store(false, std::memory_order_relaxed);
+  if (had) s.inherited.store(true, std::memory_order_relaxed);
+  s.starts_total = 0;
+  s.pid.store(os::ProcessId(), std::memory_order_relaxed);
+  KSMU_TEST_POINT("fork.child", 0, 0);
+  new (&s.mutex) std::mutex;
+}
+
+__attribute__((constructor)) void Construct() {
+  new (g_state_memory) State;
+  state().pid.store(os::ProcessId(), std::memory_order_relaxed);
+  pthread_atfork(&ForkPrepare, &ForkParent, &ForkChild);
+}
+
+// Under the mutex.
+int StartRuntime(const engine::RuntimeOptions& options) {
+  State& s = state();
+  engine::Runtime* runtime = nullptr;
+  os::ErrorText text;
+  if (int error = engine::Runtime::Start(g_settings, options, &runtime, &text)) {
+    Fail(-error, text.text);
+    return -error;
+  }
+  s.options = options;
+  ++s.starts_total;
+  s.pid.store(os::ProcessId(), std::memory_order_relaxed);
+  s.runtime.store(runtime, std::memory_order_seq_cst);
+  return 0;
+}
+
+// A forked child of a process with an engine wakes one of its own.
+int WakeInherited() {
+  State& s = state();
+  if (int error = StartRuntime(s.options)) return error;
+  s.inherited.store(false, std::memory_order_release);
+  s.runtime.load(std::memory_order_relaxed)->Inherit(g_inheritance);
+  return 0;
+}
+
+bool SameOptions(const engine::RuntimeOptions& a, const engine::RuntimeOptions& b) {
+  return a.user_mode_only == b.user_mode_only && std::strcmp(a.cpus, b.cpus) == 0 && a.log == b.log &&
+         a.log_cookie == b.log_cookie;
+}
+
+}  // namespace
+
+int Fail(int error, const char* sentence) {
+  const std::size_t length = std::min(std::strlen(sentence), sizeof t_last_error - 1);
+  std::memcpy(t_last_error, sentence, length);
+  t_last_error[length] = 0;
+  errno = error;
+  return -1;
+}
+
+const char* LastError() { return t_last_error; }
+engine::Settings& settings() { return g_settings; }
+std::int64_t Starts() { return state().starts_total; }
+bool InRawChild() { return state().pid.load(std::memory_order_relaxed) != os::ProcessId(); }
+
+const Tunable* FindTunable(const char* name) {
+  for (const Tunable& tunable : kTunables) {
+    if (std::strcmp(tunable.name, name) == 0) return &tunable;
+  }
+  return nullptr;
+}
+
+Use::Use(Start start) {
+  State& s = state();
+  if (InRawChild()) {
+    error_ = EAGAIN;
+    if (start != kNever) {
+      Fail(EAGAIN, "this process was made by a raw clone(2): only KSMU_DISCARD and ksmu_unmap work before exec");
+    }
+    return;
+  }
+  for (;;) {
+    s.users.fetch_add(1, std::memory_order_seq_cst);
+    runtime_ = s.runtime.load(std::memory_order_seq_cst);
+    if (runtime_) return;
+    s.users.fetch_sub(1, std::memory_order_seq_cst);
+    const bool inherited = s.inherited.load(std::memory_order_acquire);
+    if (start == kNever || (start == kWake && !inherited)) return;
+    if (s.stopping.load(std::memory_order_acquire)) {
+      error_ = EAGAIN;
+      Fail(EAGAIN, "the library is being stopped");
+      return;
+    }
+    std::lock_guard lock(s.mutex);
+    if (s.runtime.load(std::memory_order_relaxed)) continue;
+    if (inherited) {
+      error_ = WakeInherited();
+    } else {
+      engine::RuntimeOptions options;
+      std::int64_t max_maps = 0;
+      error_ = ReadEnvironment(&options, &max_maps);
+      if (!error_ && (secure_getenv("KSMU_BROKER") || secure_getenv("KSMU_DOMAIN"))) {
+        error_ = EOPNOTSUPP;
+        Fail(EOPNOTSUPP, "KSMU_BROKER or KSMU_DOMAIN is set, and this build of the library has no broker: unset it");
+      }
+      if (!error_) error_ = StartRuntime(options);
+      if (!error_) {
+        s.starts = 1;
+        s.by_first_use = true;
+      }
+    }
+    if (error_) return;
+  }
+}
+
+Use::~Use() {
+  if (runtime_) state().users.fetch_sub(1, std::memory_order_seq_cst);
+}
+
+}  // namespace ksmu::api
+
+using namespace ksmu;
+using namespace ksmu::api;
+
+extern "C" {
+
+int ksmu_start(const struct ksmu_options* given, size_t size) {
+  State& s = state();
+  if (given && size == 0) return Fail(EINVAL, "the size of struct ksmu_options is 0");
+  ksmu_options wanted{};
+  if (given) std::memcpy(&wanted, given, size < sizeof wanted ? size : sizeof wanted);
+  if (wanted.flags & ~static_cast<std::uint32_t>(KSMU_START_USER_MODE_ONLY)) return Fail(EINVAL, "unknown flag in ksmu_options.flags");
+  if (wanted.max_maps < 0) return Fail(EINVAL, "ksmu_options.max_maps is negative");
+  if (InRawChild()) return Fail(EAGAIN, "this process was made by a raw clone(2): the library cannot be started here");
+  std::lock_guard lock(s.mutex);
+  engine::RuntimeOptions options;
+  std::int64_t max_maps = 0;
+  const bool running = s.runtime.load(std::memory_order_relaxed) != nullptr;
+  if (s.stopping.load(std::memory_order_relaxed)) return Fail(EAGAIN, "the library is being stopped");
+  if (!running && ReadEnvironment(&options, &max_maps)) return -1;
+  if (running) options.user_mode_only = s.options.user_mode_only && s.by_first_use;
+  if (wanted.broker || wanted.domain || secure_getenv("KSMU_BROKER") || secure_getenv("KSMU_DOMAIN")) {
+    return Fail(EOPNOTSUPP, "a broker or a domain is asked for, and this build of the library has no broker");
+  }
+  if (wanted.flags & KSMU_START_USER_MODE_ONLY) options.user_mode_only = true;
+  if (wanted.cpus) {
+    if (std::strlen(wanted.cpus) >= sizeof options.cpus) return Fail(EINVAL, "ksmu_options.cpus is too long");
+    std::strcpy(options.cpus, wanted.cpus);
+  } else if (running && s.by_first_use) {
+    std::strcpy(options.cpus, s.options.cpus);
+  }
+  options.log = wanted.log;
+  options.log_cookie = wanted.log_cookie;
+  if (running) {
+    if (!SameOptions(options, s.options) || (wanted.max_maps && wanted.max_maps != g_settings.max_maps.load())) {
+      return Fail(EALREADY, "the library has been started with other options: stop it first");
+    }
+    ++s.starts;
+    return 0;
+  }
+  if (wanted.max_maps) g_settings.max_maps.store(wanted.max_maps, std::memory_order_relaxed);
+  const int saved = errno;
+  if (s.inherited.load(std::memory_order_relaxed)) {
+    s.options = options;
+    if (WakeInherited()) return -1;
+  } else if (StartRuntime(options)) {
+    return -1;
+  }
+  s.starts = 1;
+  s.by_first_use = false;
+  errno = saved;
+  return 0;
+}
+
+int ksmu_stop(void) {
+  State& s = state();
+  const int saved = errno;
+  if (InRawChild()) return Fail(EINVAL, "the library is not started in this process");
+  engine::Runtime* runtime;
+  {
+    std::lock_guard lock(s.mutex);
+    if (s.stopping.load(std::memory_order_relaxed)) return Fail(EAGAIN, "another thread is stopping the library");
+    runtime = s.runtime.load(std::memory_order_relaxed);
+    if (!runtime) {
+      if (!s.inherited.load(std::memory_order_relaxed)) return Fail(EINVAL, "the library is not started");
+      s.inherited.store(false, std::memory_order_relaxed);  // a child that never woke it
+      return 0;
+    }
+    if (s.starts > 1) {
+      --s.starts;
+      return 0;
+    }
+    s.stopping.store(true, std::memory_order_release);
+  }
+  // Not under the mutex: unmerging takes its time, and a fork in the meantime shall not have to wait for all of it.
+  engine::Command command;
+  command.kind = engine::Command::kStop;
+  runtime->Execute(&command);
+  std::unique_lock lock(s.mutex);
+  if (command.result) {
+    s.stopping.store(false, std::memory_order_release);
+    lock.unlock();
+    return Fail(static_cast<int>(-command.result),
+                "unmerging all does not fit into memory: the library goes on. Free memory or add swap, then stop again");
+  }
+  s.runtime.store(nullptr, std::memory_order_seq_cst);
+  s.starts = 0;
+  // Whoever is still inside a function is being told that it ends.
+  while (s.users.load(std::memory_order_seq_cst) != 0) os::YieldThread();
+  engine::Runtime::Join(runtime);
+  s.stopping.store(false, std::memory_order_release);
+  errno = saved;
+  return 0;
+}
+
+const char* ksmu_last_error(void) { return LastError(); }
+const char* ksmu_version(void) { return KSMU_VERSION; }
+
+}  // extern "C"

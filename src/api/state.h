@@ -1,0 +1,48 @@
+// The library's one instance in this process, and how functions of the interface come by it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "engine/runtime.h"
+#include "ksmu/ksmu.h"
+
+namespace ksmu::api {
+
+// A failure: sets errno and the thread's last error, returns -1.
+int Fail(int error, const char* sentence);
+const char* LastError();
+
+engine::Settings& settings();
+
+// Keeps the running engine from ending while a function uses it. runtime() is nullptr where there is none.
+class Use {
+ public:
+  // `start`: start it if need be (by first use). `wake`: start it if this is a forked child whose parent had one.
+  enum Start { kNever, kWake, kStart };
+  explicit Use(Start start);
+  ~Use();
+  Use(const Use&) = delete;
+  Use& operator=(const Use&) = delete;
+  engine::Runtime* runtime() const { return runtime_; }
+  // Why there is none: 0 (it is not running, and was not to be started), or an errno whose sentence has been set.
+  int error() const { return error_; }
+
+ private:
+  engine::Runtime* runtime_ = nullptr;
+  int error_ = 0;
+};
+
+// True in a child made by a raw clone, in which threads cannot be started safely and the tables are not there.
+bool InRawChild();
+std::int64_t Starts();
+
+// The environment's value of a tunable's variable.
+struct Tunable {
+  const char* name;
+  std::atomic<std::int64_t>* value;
+  std::int64_t fallback, minimum, maximum;
+};
+const Tunable* FindTunable(const char* name);
+
+}  // namespace ksmu::api

@@ -1,0 +1,362 @@
+// What the program asks for. Carried out by the scanner between two steps: no merge is in hand.
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+
+#include "base/test_point.h"
+#include "engine/engine.h"
+
+namespace ksmu::engine {
+namespace {
+constexpr std::uint64_t kMemoryReserve = std::uint64_t{64} << 20;  // left free while unmerging
+constexpr std::size_t kPopulatePages = 64;
+
+// Calls f(part, mapping) for each mapped part of the span; returns true if there were holes.
+template <typename F>
+bool ForEachMapping(os::System& system, Span span, F&& f) {
+  bool holes = false;
+  for (Address at = span.start; at < span.end();) {
+    os::Mapping mapping;
+    if (system.QueryMapping(at, &mapping) != 0 || mapping.start >= span.end()) return true;
+    holes |= mapping.start > at;
+    const Address start = std::max(at, mapping.start), end = std::min(span.end(), mapping.end);
+    f(Span{start, end - start}, mapping);
+    at = end;
+  }
+  return holes;
+}
+}  // namespace
+
+int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
+  ApplyMoves();
+  // Old knowledge about addresses that have been released, or unmapped without a word, must not be taken for the new.
+  for (const Region* region = regions_.Next(span.start); region && region->start < span.end();) {
+    const Region old = *region;
+    Audit(old);
+    region = regions_.Next(old.end);
+  }
+  bool any = false, ineligible = false, foreign = false;
+  int failure = 0;
+  const bool holes = ForEachMapping(system_, span, [&](Span part, const os::Mapping& mapping) {
+    if (failure) return;
+    const bool ours = pool_.IsPoolMapping(mapping);
+    bool eligible = ours || IsInherited(mapping) || (mapping.anonymous && !mapping.shared && !mapping.stack && !mapping.heap && !mapping.special);
+    if (part.end() > PageTable::kLimit) eligible = false;
+    if (eligible && mapping.anonymous) {
+      struct Cookie {
+        bool bad = false;
+      } cookie;
+      system_.ReadAttributes(
+          part,
+          [](void* c, const os::AttributedMapping& m) {
+            const os::Attributes& a = m.attributes;
+            if (a.locked || a.hugetlb || a.pfn_map || a.grows_down || a.sealed) static_cast<Cookie*>(c)->bad = true;
+          },
+          &cookie);
+      eligible = !cookie.bad;
+    }
+    if (!eligible) {
+      ineligible = true;
+      return;
+    }
+    if (mapping.anonymous) {
+      if (int error = system_.Register(os::kTracker, part, os::kWriteProtect)) {
+        if (error == -EBUSY) foreign = true;
+        else if (error == -EINVAL) ineligible = true;
+        else failure = error;
+        return;
+      }
+    }
+    Region region;
+    region.start = part.start;
+    region.end = part.end();
+    region.promise = promise;
+    region.sync_break = sync_break;
+    const Region* before = regions_.Find(part.start);
+    region.owned = owned || (before && before->owned && before->end >= part.end());
+    if (!regions_.Set(region)) {
+      failure = -ENOMEM;
+      return;
+    }
+    any = true;
+    // Pages that were released and not unmapped after all are merged pages again.
+    for (Segment* segment = table_.NextSegment(part.start); segment && segment->start < part.end();
+         segment = table_.NextSegment(segment->start + kSegmentBytes)) {
+      segment->unsettled = 1;  // whatever is known of it, look again
+      const Address low = std::max(part.start, segment->start), high = std::min(part.end(), segment->start + kSegmentBytes);
+      for (Address a = low; a < high; a += page_) {
+        Words* word = table_.Word(segment, (a - segment->start) / page_);
+        if (!word) continue;
+        Page page(word->load(std::memory_order_acquire));
+        if (page.state() != PageState::kResidue || !page.unconfirmed() || page.discarded()) continue;
+        if (IsPrivate(a)) continue;
+        pool_.Share(page.value());
+        if (Change(word, page, page.WithState(PageState::kMerged).WithUnconfirmed(false))) {
+          pool_.Unpin(page.value());
+        } else {
+          pool_.Unshare(page.value());
+        }
+      }
+    }
+  });
+  attributes_at_ = 0;
+  if (failure) return failure == -ENOMEM || failure == -EAGAIN ? -ENOMEM : failure;
+  if (any) return holes ? -ENOMEM : 0;
+  if (foreign) return -EBUSY;
+  if (ineligible) return -EOPNOTSUPP;
+  return -ENOMEM;
+}
+
+// The tracker lets go of the anonymous part of the span.
+void Engine::Untrack(Span span) {
+  ForEachMapping(system_, span, [&](Span part, const os::Mapping& mapping) {
+    if (!mapping.anonymous || mapping.shared) return;
+    // Only what is ours: a range in no region was never registered.
+    for (const Region* region = regions_.Next(part.start); region && region->start < part.end();
+         region = regions_.Next(region->end)) {
+      const Address low = std::max(part.start, region->start), high = std::min(part.end(), region->end);
+      system_.Unregister(os::kTracker, {low, high - low});
+    }
+  });
+}
+
+// Gives every merged page of [run) a copy of its own, by the kernel's own copy-on-write: no gate, no bytes changed.
+int Engine::PopulateRun(const Region& region, Span run) {
+  KSMU_TEST_POINT("unmerge.begin", run.start, run.bytes);
+  const int error = system_.PopulateWrite(run);
+  KSMU_TEST_POINT("unmerge.populated", run.start, run.bytes);
+  for (Address a = run.start; a < run.end(); a += page_) {
+    Words* word = table_.Find(a);
+    Page page(word->load(std::memory_order_acquire));
+    if (page.state() != PageState::kMerged || !IsPrivate(a)) continue;
+    while (page.state() == PageState::kMerged) {
+      if (!Change(word, page, page.WithState(PageState::kResidue))) continue;
+      pool_.Unshare(page.value());
+      break;
+    }
+  }
+  KSMU_TEST_POINT("unmerge.booked", run.start, run.bytes);
+  for (Address a = run.start; a < run.end(); a += page_) {
+    if (table_.Load(a).state() != PageState::kMerged) continue;
+    // Not writable at the moment (PROT_NONE, PROT_READ), or the populating was refused: replace what is left.
+    Address end = a;
+    while (end < run.end() && table_.Load(end).state() == PageState::kMerged) end += page_;
+    Region retired = region;
+    retired.kind = Region::kRetired;
+    if (int failed = Detach(retired, {a, end - a})) {
+      os::Mapping mapping;
+      if (system_.QueryMapping(a, &mapping) != 0 || mapping.start > a || !pool_.Shows(mapping, a, table_.Load(a).value())) {
+        ForgetRange({a, end - a});  // unmapped without a word
+      } else {
+        return error ? error : failed;
+      }
+    }
+    a = end - page_;
+  }
+  return 0;
+}
+
+// Un-merges what is merged in the span, and forgets what is known of the rest. The regions stay as they are.
+int Engine::UnmergeRange(const Region& region, Span span) {
+  std::uint64_t allowance = 0;
+  for (Segment* segment = table_.NextSegment(span.start); segment && segment->start < span.end();
+       segment = table_.NextSegment(segment->start + kSegmentBytes)) {
+    const Address low = std::max(span.start, segment->start), high = std::min(span.end(), segment->start + kSegmentBytes);
+    for (Address a = low; a < high;) {
+      Words* word = table_.Word(segment, (a - segment->start) / page_);
+      Page page(word ? word->load(std::memory_order_acquire) : 0);
+      if (page.state() != PageState::kMerged) {
+        if (page.covers()) {
+          Page to = page.WithState(PageState::kResidue);
+          if (!page.busy() && !Change(word, page, to)) continue;
+        } else if (word && page.state() != PageState::kAbsent) {
+          if (!Change(word, page, Page())) continue;
+        }
+        a += page_;
+        continue;
+      }
+      Address end = a;
+      while (end < high && (end - a) / page_ < kPopulatePages && table_.Load(end).state() == PageState::kMerged) end += page_;
+      if (allowance < end - a) {
+        // Never provoke the OOM killer: ask, take at most half of what is free, ask again.
+        const std::uint64_t available = system_.AvailableMemory();
+        allowance = available > kMemoryReserve ? (available - kMemoryReserve) / 2 : 0;
+        if (allowance < end - a) return -ENOMEM;
+      }
+      allowance -= end - a;
+      if (int error = PopulateRun(region, {a, end - a})) return error;
+      a = end;
+    }
+    segment->unsettled = 1;
+    segment->backoff = segment->wait = 0;
+  }
+  return 0;
+}
+
+int Engine::Unmerge(Span span) {
+  ApplyMoves();
+  for (const Region* found = regions_.Next(span.start); found && found->start < span.end();) {
+    const Region region = *found;
+    const Address low = std::max(span.start, region.start), high = std::min(span.end(), region.end);
+    const Span part{low, high - low};
+    if (region.kind == Region::kMergeable) {
+      if (int error = UnmergeRange(region, part)) return error;
+      Untrack(part);
+      Region retired = region;
+      retired.start = part.start;
+      retired.end = part.end();
+      retired.kind = Region::kRetired;
+      if (!regions_.Set(retired)) return -ENOMEM;
+      Audit(retired);  // nothing of it lies in a run's mapping: forgotten at once
+    }
+    found = regions_.Next(high);
+  }
+  pool_.Reclaim(&Engine::ForgetFrame, this);
+  return 0;
+}
+
+int Engine::UnmergeAll(bool forget) {
+  if (forget) return Unmerge({0, PageTable::kLimit});
+  ApplyMoves();
+  for (std::size_t i = 0; i < regions_.size(); ++i) {
+    const Region region = regions_[i];
+    if (region.kind != Region::kMergeable) continue;
+    if (int error = UnmergeRange(region, region.span())) return error;
+  }
+  index_.Clear();
+  pool_.Reclaim(&Engine::ForgetFrame, this);
+  return 0;
+}
+
+int Engine::Release(Span span) {
+  ApplyMoves();
+  for (const Region* found = regions_.Next(span.start); found && found->start < span.end();) {
+    const Region region = *found;
+    const Span part{std::max(span.start, region.start), std::min(span.end(), region.end) - std::max(span.start, region.start)};
+    if (region.kind == Region::kMergeable) {
+      Untrack(part);
+      bool covers = false;
+      for (Segment* segment = table_.NextSegment(part.start); segment && segment->start < part.end();
+           segment = table_.NextSegment(segment->start + kSegmentBytes)) {
+        const Address low = std::max(part.start, segment->start), high = std::min(part.end(), segment->start + kSegmentBytes);
+        for (Address a = low; a < high; a += page_) {
+          Words* word = table_.Word(segment, (a - segment->start) / page_);
+          if (!word) continue;
+          Page page(word->load(std::memory_order_acquire));
+          for (;;) {
+            const bool shares = page.state() == PageState::kMerged;
+            // The frame must stay as long as the mapping may show it: until the audit sees the mapping gone.
+            if (shares) pool_.Pin(page.value());
+            const Page to = page.covers() ? page.WithState(PageState::kResidue).WithUnconfirmed(shares || page.unconfirmed())
+                                          : Page();
+            if (Change(word, page, to)) {
+              if (shares) pool_.Unshare(page.value());
+              covers |= to.covers();
+              break;
+            }
+            if (shares) pool_.Unpin(to.value());
+          }
+        }
+        segment->expected_present = segment->unsettled = 0;
+      }
+      Region released = region;
+      released.start = part.start;
+      released.end = part.end();
+      released.kind = Region::kReleased;
+      if (covers ? !regions_.Set(released) : !regions_.Erase(part)) return -ENOMEM;
+    }
+    found = regions_.Next(part.end());
+  }
+  return 0;
+}
+
+bool Engine::IsInherited(const os::Mapping& mapping) const {
+  if (mapping.anonymous || mapping.shared) return false;
+  for (std::size_t i = 0; i < inherited_count_; ++i) {
+    if (inherited_[i].inode == mapping.inode && inherited_[i].device == mapping.device) return true;
+  }
+  return false;
+}
+
+int Engine::Discard(Span span) {
+  ApplyMoves();
+  const int error = system_.Discard(span);
+  if (inherited_count_ && !error) {
+    // Frames of the parent's pool would show again: anonymous memory takes their place, and can be merged from now on.
+    ForEachMapping(system_, span, [&](Span part, const os::Mapping& mapping) {
+      if (!IsInherited(mapping)) return;
+      const os::Protection protection = mapping.writable   ? os::Protection::kReadWrite
+                                        : mapping.readable ? os::Protection::kRead
+                                                           : os::Protection::kNone;
+      Address at = 0;
+      if (system_.MapAnonymous(part.start, part.bytes, protection, &at) != 0) return;
+      if (regions_.Find(part.start)) system_.Register(os::kTracker, part, os::kWriteProtect);
+    });
+  }
+  for (const Region* region = regions_.Next(span.start); region && region->start < span.end();
+       region = regions_.Next(region->end)) {
+    const Address from = std::max(span.start, region->start), to = std::min(span.end(), region->end);
+    for (Segment* segment = table_.NextSegment(from); segment && segment->start < to;
+         segment = table_.NextSegment(segment->start + kSegmentBytes)) {
+      const Address low = std::max(from, segment->start), high = std::min(to, segment->start + kSegmentBytes);
+      for (Address a = low; a < high; a += page_) {
+        Words* word = table_.Word(segment, (a - segment->start) / page_);
+        if (!word) continue;
+        Page page(word->load(std::memory_order_acquire));
+        // Merged and broken pages are the event thread's: the discard was an event. The rest is simply not there now,
+        // unless the program has already written to it again: the next sweep tells.
+        if (page.covers() || page.busy() || error) continue;
+        if (page.state() == PageState::kZero) Add(counters_.discards, 1);
+        Change(word, page, Page());
+      }
+      segment->unsettled = 1;
+    }
+  }
+  return error;
+}
+
+int Engine::Unmap(Span span) {
+  ApplyMoves();
+  const int error = system_.Unmap(span);
+  if (error) return error;
+  ForgetRange(span);
+  regions_.Erase(span);
+  if (pool_.ReclaimDue()) pool_.Reclaim(&Engine::ForgetFrame, this);
+  return 0;
+}
+
+std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
+  const auto done = [&] {
+    return counters_.merged_total.load(std::memory_order_relaxed) + counters_.zero_total.load(std::memory_order_relaxed);
+  };
+  const std::int64_t before = done();
+  ApplyMoves();
+  gate_.Repair();
+  mappings_at_pass_ = 0;
+  attributes_at_ = 0;
+  for (const Region* found = regions_.Next(span.start); found && found->start < span.end();) {
+    const Region region = *found;
+    const Address from = std::max(span.start, region.start), to = std::min(span.end(), region.end);
+    if (region.kind == Region::kMergeable) {
+      Address at = from;
+      while (at < to) {
+        if (cancelled(cookie)) return -EINTR;
+        const Address chunk_end = chunk_ < to - at ? at + chunk_ : to;
+        Address swept_to = chunk_end;
+        Sweep(region, at, chunk_end, true, &swept_to);
+        at = swept_to > at ? swept_to : chunk_end;
+      }
+    }
+    found = regions_.Next(to);
+  }
+  if (pool_.ReclaimDue()) pool_.Reclaim(&Engine::ForgetFrame, this);
+  now_ = false;
+  return done() - before;
+}
+
+std::size_t Engine::metadata_bytes() const {
+  return table_.metadata_bytes() + regions_.metadata_bytes() + pool_.metadata_bytes() + index_.metadata_bytes();
+}
+
+}  // namespace ksmu::engine

@@ -1,0 +1,388 @@
+// Broken and discarded pages that lie in a run's mapping: merged again in place, or brought back to anonymous memory.
+//
+// Such a page cannot be taken by UFFDIO_MOVE (its mapping is a file's), and the breaker must not let go of it for an
+// instant: a discard would leave no trace. So its pages are taken out by mremap(MREMAP_DONTUNMAP): the range stays mapped
+// and registered as it was, and whoever touches it waits in the breaker. What comes back goes in under events_mutex_,
+// while no event can be read: a discarding thread is then either marked already, or still waiting, and its zap is yet to
+// come.
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+
+#include "base/test_point.h"
+#include "content/content.h"
+#include "engine/engine.h"
+#include "engine/probes.h"
+
+namespace ksmu::engine {
+
+using frames::Frame;
+
+namespace {
+constexpr std::uint32_t kLookedAt = 15;  // Page::tries of a broken page that matches nothing: not read again every pass
+}
+
+// Looks at what lies broken or dropped in [from, to), and does what can be done for it.
+void Engine::TendBroken(const Region& region, Address from, Address to) {
+  const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));
+  const std::uint32_t now = NowSeconds();
+  const bool look_again = pass_ % 64 == 0;
+  for (Address at = from; at < to;) {
+    const Page first = table_.Load(at);
+    auto ripe = [&](Page page) {
+      return page.state() == PageState::kBroken && !page.busy() && !page.unconfirmed() && page.tries() >= 1 &&
+             (page.tries() != kLookedAt || look_again) && ((now - page.stamp()) & Page::kStampMask) >= seconds;
+    };
+    const bool dropped = first.state() == PageState::kDropped && !first.busy();
+    if (!dropped && !ripe(first)) {
+      at += page_;
+      continue;
+    }
+    Address end = at + page_;
+    while (end < to && (end - at) / page_ < kMaxRunPages) {
+      const Page next = table_.Load(end);
+      if (next.value() != first.value() + (end - at) / page_) break;
+      if (dropped ? next.state() != PageState::kDropped || next.busy() : !ripe(next)) break;
+      end += page_;
+    }
+    const Span run{at, end - at};
+    if (dropped) {
+      Detach(region, run);
+      at = end;
+      continue;
+    }
+    // A long-term pin may be older than the break, and a page pinned for DMA must stay where it is. Pins taken after
+    // the last sweep had to write to the page first, and then it is not ripe: so one look a pass is enough.
+    if (no_pins_pass_ != pass_ || now_) {
+      no_pins_ = system_.NoLongTermPins();
+      no_pins_pass_ = pass_;
+    }
+    if (!no_pins_) return;
+    TendRun(region, run);
+    at = end;
+  }
+}
+
+// A run of ripe broken pages: equal to the frames beneath -> again in place; like some other frame or page -> back to
+// anonymous memory, where the next pass merges it; like nothing -> left where it is.
+void Engine::TendRun(const Region& region, Span run) {
+  const std::size_t n = run.bytes / page_;
+  const std::size_t read = system_.ReadProgram(run.start, buffer_, run.bytes) / page_;
+  enum Verdict : std::uint8_t { kLeave, kInPlace, kElsewhere };
+  std::array<Verdict, kMaxRunPages> verdict{};
+  for (std::size_t i = 0; i < read; ++i) {
+    const Address a = run.start + i * page_;
+    const std::byte* bytes = buffer_ + i * page_;
+    const Page page = table_.Load(a);
+    if (!page.covers()) continue;
+    Add(counters_.pages_scanned, 1);
+    if (pool_.Live(page.value()) && content::Equal(bytes, pool_.Bytes(page.value()), page_)) {
+      verdict[i] = kInPlace;
+    } else if (content::IsZero(bytes, page_) && tunables_.use_zero_pages.load(std::memory_order_relaxed)) {
+      verdict[i] = kElsewhere;
+    } else if (HasMatch(a, bytes)) {
+      verdict[i] = kElsewhere;
+    }
+  }
+  for (std::size_t i = 0; i < n;) {
+    std::size_t end = i + 1;
+    while (end < n && verdict[end] == verdict[i]) ++end;
+    const Span part{run.start + i * page_, (end - i) * page_};
+    if (verdict[i] == kInPlace) {
+      Remerge(part);
+    } else if (verdict[i] == kElsewhere) {
+      Detach(region, part);
+    } else {
+      for (Address a = part.start; a < part.end(); a += page_) {
+        Words* word = table_.Find(a);
+        Page page(word->load(std::memory_order_acquire));
+        if (page.state() == PageState::kBroken) Change(word, page, page.WithTries(kLookedAt));
+      }
+    }
+    i = end;
+  }
+}
+
+bool Engine::HasMatch(Address page, const std::byte* bytes) {
+  const auto hash = static_cast<std::uint32_t>(content::Hash(bytes, page_, seed_) >> 32);
+  bool match = false;
+  using Visit = frames::Index::Visit;
+  index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
+    if (entry.is_frame) {
+      match = pool_.hash(entry.frame) == hash && FrameWithRoom(entry.frame, bytes) != frames::kNoFrame;
+    } else if (entry.page * page_ != page) {
+      const Page known = table_.Load(entry.page * page_);
+      match = known.state() == PageState::kStill && known.value() == hash;
+    }
+    return match ? Visit::kStop : Visit::kNext;
+  });
+  return match;
+}
+
+// Takes the pages of a run out of their place: accesses wait in the breaker until GiveBackHeld, or until the caller has
+// put something else there. All pages must be covering and known; false: nothing was changed.
+bool Engine::TakeFromRun(Span run) {
+  os::Mapping mapping;
+  if (system_.QueryMapping(run.start, &mapping) != 0 || mapping.end < run.end()) return false;
+  for (Address a = run.start; a < run.end(); a += page_) {
+    if (!pool_.Shows(mapping, a, table_.Load(a).value())) return false;
+  }
+  KSMU_TEST_POINT("remerge.begin", run.start, run.bytes);
+  {
+    std::lock_guard lock(events_mutex_);
+    for (Address a = run.start; a < run.end(); a += page_) {
+      const Page page = table_.Load(a);
+      if (!page.covers() || page.busy()) return false;
+    }
+    std::size_t i = 0;
+    for (Address a = run.start; a < run.end(); a += page_, ++i) {
+      Words* word = table_.Find(a);
+      Page page(word->load(std::memory_order_acquire));
+      held_marks_[i] = page.discarded();
+      // From here on the mark means: discarded since it was taken out.
+      if (page.discarded()) table_.FindSegment(a)->marked.fetch_sub(1, std::memory_order_relaxed);
+      while (!Change(word, page, page.WithBusy(true).WithDiscarded(false))) {
+      }
+    }
+    hold_.run = run;
+    hold_.taken_to = 0;
+  }
+  Address to = 0;
+  own_move_from_.store(run.start, std::memory_order_release);
+  const int error = system_.TakePages(run, &to);
+  own_move_from_.store(0, std::memory_order_release);
+  std::lock_guard lock(events_mutex_);
+  if (error) {
+    LetGo();
+    return false;
+  }
+  hold_.taken_to = to;
+  KSMU_TEST_POINT("remerge.taken", run.start, run.bytes);
+  return true;
+}
+
+// Under events_mutex_: the pages that are still busy keep the state they had; everybody who waits tries again.
+void Engine::LetGo() {
+  const Span run = hold_.run;
+  std::size_t i = 0;
+  for (Address a = run.start; a < run.end(); a += page_, ++i) {
+    Words* word = table_.Find(a);
+    Page page(word->load(std::memory_order_acquire));
+    if (!page.busy()) continue;
+    const bool fresh_mark = page.discarded();
+    const bool mark = fresh_mark || held_marks_[i];
+    Page to = page.WithBusy(false).WithDiscarded(mark);
+    if (fresh_mark && page.state() != PageState::kResidue) to = to.WithState(PageState::kDropped).WithUnconfirmed(false);
+    while (!Change(word, page, to)) {
+    }
+    if (mark && !fresh_mark) table_.FindSegment(a)->marked.fetch_add(1, std::memory_order_relaxed);
+    if (to.state() == PageState::kDropped && page.state() == PageState::kMerged) pool_.Unshare(page.value());
+    if (to.state() == PageState::kDropped && page.unconfirmed()) pool_.Unpin(page.value());
+  }
+  hold_ = Hold{};
+  system_.Wake(os::kBreaker, run);
+  system_.Wake(os::kSyncBreaker, run);
+}
+
+// Puts page i of the hold back where it was. Returns when it is there, or known to be discarded.
+void Engine::ReturnHeld(std::size_t i) {
+  const Address a = hold_.run.start + i * page_;
+  const Address from = hold_.taken_to + i * page_;
+  const bool readable = system_.ReadProgram(from, scratch_, page_) == page_;
+  for (;;) {
+    {
+      std::lock_guard lock(events_mutex_);
+      if (table_.Load(a).discarded()) return;
+      int error = -EINVAL;
+      if (readable) {
+        // The copy is refused while an event is unread, so it cannot undo a discard that has already been let through.
+        for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
+          const os::Partial copied = system_.Copy(breaker, a, scratch_, page_, false);
+          if (copied.done == page_ || copied.error == -EEXIST) return;
+          if (error == -EINVAL || copied.error == -EAGAIN) error = copied.error;
+        }
+      }
+      if (error != -EAGAIN && error != -ENOMEM) break;
+    }
+    system_.Yield();
+  }
+  // Neither breaker holds the place any more: the page itself goes back.
+  own_move_from_.store(from, std::memory_order_release);
+  system_.MoveMapping(from, page_, a);
+  own_move_from_.store(0, std::memory_order_release);
+}
+
+// Maps the frames beneath again, where the pages are equal to them and nobody can be writing.
+std::size_t Engine::Remerge(Span run) {
+  if (!TakeFromRun(run)) return 0;
+  const Address taken_to = hold_.taken_to;
+  const std::size_t n = run.bytes / page_;
+  system_.Protect({taken_to, run.bytes}, os::Protection::kReadWrite);
+  const std::size_t read = system_.ReadProgram(taken_to, buffer_, run.bytes) / page_;
+  std::size_t merged = 0;
+  std::array<bool, kMaxRunPages> equal{};
+  for (std::size_t i = 0; i < read; ++i) {
+    const Frame frame = table_.Load(run.start + i * page_).value();
+    equal[i] = pool_.Live(frame) && content::Equal(buffer_ + i * page_, pool_.Bytes(frame), page_);
+  }
+  KSMU_TEST_POINT("remerge.proved", run.start, run.bytes);
+  for (std::size_t i = 0; i < n; ++i) {
+    const Address a = run.start + i * page_;
+    bool mapped = false;
+    while (equal[i]) {
+      {
+        std::lock_guard lock(events_mutex_);
+        Words* word = table_.Find(a);
+        Page page(word->load(std::memory_order_acquire));
+        if (page.discarded()) break;
+        const os::Partial filled = system_.Continue(os::kBreaker, {a, page_}, true);
+        if (filled.done == page_) {
+          pool_.Share(page.value());
+          while (!Change(word, page, Page().WithState(PageState::kMerged).WithValue(page.value()))) {
+          }
+          Add(counters_.remerged, 1);
+          Add(counters_.merged_total, 1);
+          KSMU_PROBE2(remerge, a, page.value());
+          mapped = true;
+          ++merged;
+          break;
+        }
+        if (filled.error != -EAGAIN) break;
+      }
+      system_.Yield();
+    }
+    if (!mapped) {
+      ReturnHeld(i);
+      Words* word = table_.Find(a);
+      Page page(word->load(std::memory_order_acquire));
+      while (!Change(word, page, page.WithStamp(NowSeconds()).WithTries(0))) {
+      }
+    }
+  }
+  KSMU_TEST_POINT("remerge.continued", run.start, run.bytes);
+  {
+    std::lock_guard lock(events_mutex_);
+    LetGo();
+    system_.Unmap({taken_to, run.bytes});
+  }
+  KSMU_TEST_POINT("remerge.opened", run.start, run.bytes);
+  if (merged) fruitful_ = true;
+  return merged;
+}
+
+// Brings a run back to anonymous memory with the same contents: what was merged is copied, what was discarded is empty.
+int Engine::Detach(const Region& region, Span run) {
+  os::Mapping mapping;
+  if (int error = system_.QueryMapping(run.start, &mapping)) return error;
+  struct Found {
+    os::Attributes attributes;
+    bool any = false;
+  } found;
+  system_.ReadAttributes(
+      run,
+      [](void* cookie, const os::AttributedMapping& m) {
+        auto* f = static_cast<Found*>(cookie);
+        if (!f->any) f->attributes = m.attributes;
+        f->any = true;
+      },
+      &found);
+  if (!found.any || found.attributes.locked || found.attributes.sealed || mapping.executable) return -EOPNOTSUPP;
+  KSMU_TEST_POINT("detach.begin", run.start, run.bytes);
+  Address fresh = 0;
+  if (int error = system_.MapAnonymous(0, run.bytes, os::Protection::kReadWrite, &fresh)) return error;
+  if (!TakeFromRun(run)) {
+    system_.Unmap({fresh, run.bytes});
+    return -EAGAIN;
+  }
+  KSMU_TEST_POINT("detach.taken", run.start, run.bytes);
+  const Address taken_to = hold_.taken_to;
+  const std::size_t n = run.bytes / page_;
+  system_.Protect({taken_to, run.bytes}, os::Protection::kReadWrite);
+  std::array<bool, kMaxRunPages> filled{};
+  bool complete = true;
+  for (std::size_t i = 0; i < n; ++i) {
+    const Page page = table_.Load(run.start + i * page_);
+    const Address to = fresh + i * page_;
+    if (page.state() == PageState::kDropped && !IsPrivate(taken_to + i * page_)) continue;  // reads as zeros
+    if (page.state() == PageState::kMerged && !IsPrivate(taken_to + i * page_)) {
+      std::copy_n(pool_.Bytes(page.value()), page_, reinterpret_cast<std::byte*>(to));
+    } else if (held_marks_[i] && !IsPrivate(taken_to + i * page_)) {
+      continue;
+    } else if (system_.ReadProgram(taken_to + i * page_, reinterpret_cast<void*>(to), page_) != page_) {
+      complete = false;
+    }
+    filled[i] = true;
+  }
+  KSMU_TEST_POINT("detach.copied", run.start, run.bytes);
+  system_.ApplyAttributes({fresh, run.bytes}, found.attributes);
+  if (!(mapping.readable && mapping.writable)) {
+    system_.Protect({fresh, run.bytes}, mapping.readable ? os::Protection::kRead : os::Protection::kNone);
+  }
+  bool replaced = false;
+  while (complete && !replaced) {
+    {
+      std::lock_guard lock(events_mutex_);
+      if (!system_.EventPending(os::kBreaker) && !system_.EventPending(os::kSyncBreaker)) {
+        for (std::size_t i = 0; i < n; ++i) {
+          if (table_.Load(run.start + i * page_).discarded() && filled[i]) {
+            system_.Discard({fresh + i * page_, page_});
+            filled[i] = false;
+          }
+        }
+        if (system_.MoveMapping(fresh, run.bytes, run.start) != 0) break;
+        replaced = true;
+        KSMU_TEST_POINT("detach.replaced", run.start, run.bytes);
+        for (std::size_t i = 0; i < n; ++i) {
+          const Address a = run.start + i * page_;
+          ForgetPage(a, table_.Find(a));
+          if (filled[i] && region.kind == Region::kMergeable) {
+            Set(a, Page().WithState(PageState::kFresh).WithStamp(pass_));
+          }
+          Add(counters_.detached, 1);
+        }
+        // Before the waiters go on: what they touch next is ordinary memory.
+        LetGo();
+        system_.Unmap({taken_to, run.bytes});
+      }
+    }
+    if (!replaced) system_.Yield();
+  }
+  if (!replaced) {
+    for (std::size_t i = 0; i < n; ++i) {
+      if (IsPrivate(taken_to + i * page_)) {
+        ReturnHeld(i);
+        continue;
+      }
+      // A frame: the fault that comes next maps it again, or zeros, as the page is marked.
+    }
+    {
+      std::lock_guard lock(events_mutex_);
+      LetGo();
+      system_.Unmap({taken_to, run.bytes});
+    }
+    system_.Unmap({fresh, run.bytes});
+    return -ENOMEM;
+  }
+  if (region.kind == Region::kMergeable) {
+    if (int error = system_.Register(os::kTracker, run, os::kWriteProtect); error && error != -ENOENT) {
+      gate_.AddRepair(run, os::kTracker, os::kWriteProtect);
+    }
+  }
+  KSMU_TEST_POINT("detach.tracked", run.start, run.bytes);
+  KSMU_TEST_POINT("detach.opened", run.start, run.bytes);
+  return 0;
+}
+
+// True if the page is the process's own, not a frame: present or swapped out.
+bool Engine::IsPrivate(Address a) {
+  os::ScanRequest request;
+  request.any_of = os::kPresent | os::kSwapped;
+  request.returned = os::kPresent | os::kFile | os::kPfnZero | os::kSwapped;
+  os::PageRun run;
+  const os::ScanResult scan = system_.Scan({a, page_}, request, &run, 1);
+  if (scan.error || scan.runs == 0) return false;
+  return !(run.categories & (os::kFile | os::kPfnZero)) && (run.categories & os::kPresent);
+}
+
+}  // namespace ksmu::engine

@@ -1,0 +1,253 @@
+// The engine: what happens to a page from the moment it is advised until it is broken, discarded or given up.
+//
+// It is a core without threads of its own, so that it can be model-tested over a fake system. Two threads drive it:
+//   the scanner (ksmu-scan) calls everything but HandleEvents;
+//   the event thread (ksmu-event) calls HandleEvents, for ever.
+// Commands of the program (advise, discard, merge ...) are carried out by the scanner between two steps, so they never
+// meet a merge in hand.
+//
+//   sweep.cc    which pages were written, which are still            merge.cc    shut, take, prove, attach, open
+//   match.cc    hash, look up, publish                               detach.cc   merge again in place; back to anonymous
+//   commands.cc advise, unmerge, release, discard, unmap             events.cc   discards, faults, forks, moves
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+
+#include "base/own_memory.h"
+#include "engine/children.h"
+#include "engine/counters.h"
+#include "engine/gate.h"
+#include "engine/page_table.h"
+#include "engine/regions.h"
+#include "frames/fork_watch.h"
+#include "frames/index.h"
+#include "frames/pool.h"
+#include "os/os.h"
+
+namespace ksmu::engine {
+
+// What can be set at any time; read once a step. Names and units as in ksmu.h.
+struct Tunables {
+  std::atomic<std::int64_t> use_zero_pages{1};
+  std::atomic<std::int64_t> max_page_sharing{256};
+  std::atomic<std::int64_t> smart_scan{1};
+  std::atomic<std::int64_t> remerge{1};
+  std::atomic<std::int64_t> remerge_seconds{60};
+  std::atomic<std::int64_t> max_maps{0};  // 0: three quarters of vm.max_map_count
+};
+
+struct RegionCounts {
+  std::array<std::int64_t, static_cast<std::size_t>(PageState::kCount)> pages{};
+  std::array<std::int64_t, static_cast<std::size_t>(Reason::kCount)> unmerged{};
+};
+
+class Engine {
+ public:
+  Engine(os::System& system, const Tunables& tunables, std::uint64_t seed);
+  ~Engine();
+  Engine(const Engine&) = delete;
+
+  int Start();
+
+  // --- commands: 0 (or a count) or -errno --------------------------------------------------------------------------
+  // `part` of them: see ksmu.h. *some tells whether anything was advised (holes give -ENOMEM all the same).
+  int Advise(Span span, bool promise, bool sync_break, bool owned);
+  int Unmerge(Span span);
+  int Release(Span span);
+  int Discard(Span span);
+  int Unmap(Span span);
+  // `cancelled` is polled between segments.
+  std::int64_t Merge(Span span, bool (*cancelled)(void*), void* cookie);
+  // Every region; with `forget` the regions end as well (ksmu_stop).
+  int UnmergeAll(bool forget);
+
+  // --- scanning ----------------------------------------------------------------------------------------------------
+  struct StepResult {
+    std::size_t pages_read = 0;  // hashed or compared
+    bool pass_ended = false;
+    bool fruitful = false;       // in the pass that ended: something was hashed or merged
+  };
+  StepResult Step();
+  bool HasRegions() const { return regions_.size() != 0; }
+  // What must be done also when scanning is off: repairs, moved ranges, frames to be reclaimed. True: call again soon.
+  bool Housekeeping();
+
+  // --- events ------------------------------------------------------------------------------------------------------
+  // Reads and answers whatever is pending on the breakers and the children. Event thread.
+  void HandleEvents();
+  // The contexts to wait on. Event thread.
+  std::size_t EventContexts(os::Context* contexts, std::size_t capacity);
+
+  // --- statistics --------------------------------------------------------------------------------------------------
+  const Counters& counters() const { return counters_; }
+  std::size_t pages_shared() const { return pool_.shared(); }
+  std::size_t frames_in_use() const { return pool_.in_use(); }
+  std::size_t frames_live() const { return pool_.live(); }
+  std::size_t metadata_bytes() const;
+  std::size_t maps_used() const { return maps_used_; }  // estimate: one for each run attached
+  const RegionList& regions() const { return regions_; }
+  RegionCounts CountRegion(Span span) const;
+  Page Explain(Address a) const { return table_.Load(a); }
+  std::uint32_t SharersOf(Page page) const {
+    return page.state() == PageState::kMerged ? pool_.sharers(page.value()) : 0;
+  }
+  std::uint32_t HeatOf(Address a) const {
+    const Segment* segment = table_.FindSegment(a);
+    return segment ? segment->backoff : 0;
+  }
+  std::size_t PoolFiles(os::File* files, std::size_t capacity) const { return pool_.Files(files, capacity); }
+  // In a forked child: the pool files of the parent, whose mappings it has inherited.
+  void SetInherited(const os::File* files, std::size_t count) { inherited_ = files, inherited_count_ = count; }
+  std::size_t page_size() const { return page_; }
+  std::uint32_t pass() const { return pass_; }
+
+ private:
+  struct Planned {
+    Address page;
+    frames::Frame frame;
+  };
+  struct Bitmaps {
+    std::array<std::uint64_t, kMaxSegmentPages / 64> present{}, written{}, zero{};
+  };
+  using Words = std::atomic<std::uint64_t>;
+
+  // words.cc: transitions, with their counters
+  bool Change(Words* word, Page& from, Page to);  // compare and swap; `from` is reloaded on failure
+  void Set(Address a, Page to);                   // scanner, page not in an event's reach
+  void MarkDiscarded(Address a, Words* word);     // event thread
+  void ForgetPage(Address a, Words* word);        // the page is in nobody's run any more: gives up frame and cover
+  void ForgetRange(Span span);
+
+  // sweep.cc
+  std::size_t Sweep(const Region& region, Address from, Address to, bool now, Address* swept_to);
+  std::size_t SweepPart(const Region& region, Address segment, std::size_t low, std::size_t high, const Bitmaps& bits,
+                        bool now);
+  void ConfirmBreaks(Span span);
+  void Audit(const Region& region);  // forgets what was unmapped without a word
+  bool Later(Page page) const;       // kUnmerged: its time has not come
+
+  // match.cc
+  std::size_t HashAndMatch(const Region& region, const Address* pages, std::size_t count);
+  std::size_t ReadPages(const Address* pages, std::size_t count);
+  void MatchPage(Address page, const std::byte* bytes);
+  frames::Frame FrameWithRoom(frames::Frame head, const std::byte* bytes);
+  frames::Frame Publish(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
+  void Leave(Address page, Reason reason);
+  void MergePlanned(Planned* plan, std::size_t count);
+  static void ForgetFrame(void* self, frames::Frame frame);
+  static bool HashOfEntry(void* self, const frames::Index::Entry& entry, std::uint32_t* hash);
+
+  // merge.cc
+  std::size_t MergeRun(const Region& region, Address start, std::size_t pages, frames::Frame first);
+  std::size_t DropZeroRun(const Region& region, Address start, std::size_t pages);
+  int Prepare(const Region& region, Span run, frames::Frame first, const os::Attributes& attributes, Address* at);
+  bool AttachFast(const Region& region, Span run, frames::Frame first, const os::Attributes& attributes);
+  void Book(Span run, frames::Frame first);
+  bool MarkBusy(Span run);
+  void ClearBusy(Span run);
+  // How many pages from the start can be taken now; *reason for the one after them.
+  std::size_t Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes, Reason* reason);
+  Reason WhyNotTaken(Address page, int error, Span rest, bool* healed);
+  void RefreshAttributes();
+  bool BudgetAllows() const;
+  void RefreshUnwaitable();
+  bool Unwaitable(Address page) const;
+
+  // detach.cc
+  void TendBroken(const Region& region, Address from, Address to);
+  void TendRun(const Region& region, Span run);
+  bool HasMatch(Address page, const std::byte* bytes);
+  std::size_t Remerge(Span run);
+  int Detach(const Region& region, Span run);  // back to anonymous memory, contents kept
+  bool TakeFromRun(Span run);
+  void ReturnHeld(std::size_t i);
+  void LetGo();
+  bool IsPrivate(Address a);
+
+  // commands.cc
+  int UnmergeRange(const Region& region, Span span);
+  int PopulateRun(const Region& region, Span run);
+  void Untrack(Span span);
+  bool IsInherited(const os::Mapping& mapping) const;
+
+  // events.cc
+  void HandleContext(os::Context context, Child* child);
+  void OnRemove(os::Context context, Address start, Address end);
+  void OnRemap(const os::Event& event);
+  void OnFork(os::Context context, Child* parent, os::Context child);
+  void OnFault(os::Context context, Child* child, const os::Event& event);
+  void FillZeros(os::Context context, Span span);
+  bool ApplyMoves();
+  Address Translate(Address a) const;
+
+  os::Context BreakerOf(const Region& region) const { return region.sync_break ? os::kSyncBreaker : os::kBreaker; }
+  std::uint32_t NowSeconds() const { return static_cast<std::uint32_t>(system_.NowNanoseconds() / 1000000000u); }
+  void CountMap(std::int64_t n) { maps_used_.fetch_add(static_cast<std::size_t>(n), std::memory_order_relaxed); }
+
+  os::System& system_;
+  const Tunables& tunables_;
+  const std::uint64_t seed_;
+  const std::size_t page_;
+  Counters counters_;
+  PageTable table_;
+  RegionList regions_;
+  frames::ForkWatch forks_;
+  frames::Pool pool_;
+  frames::Index index_;
+  Gate gate_;
+  std::atomic<std::size_t> maps_used_{0};
+
+  // The scanner's place in the pass, and its scratch, allocated at Start: nothing is allocated while a gate is shut.
+  Address cursor_ = 0;
+  std::uint32_t pass_ = 1;
+  bool fruitful_ = false;
+  bool now_ = false;              // ksmu_merge: pages need not have been still
+  std::size_t mappings_at_pass_ = 0;  // counted once a pass, 0: not yet
+  std::size_t maps_at_pass_ = 0;      // maps_used_ at that moment
+  std::size_t chunk_ = 0;
+  std::byte* buffer_ = nullptr;   // the pages of a segment
+  std::byte* scratch_ = nullptr;  // one page
+  os::PageRun* runs_ = nullptr;
+  Planned* plan_ = nullptr;       // of the segment in hand: its own pages, then their twins elsewhere
+  std::size_t plan_size_ = 0;
+  Planned* twins_ = nullptr;
+  std::size_t twins_size_ = 0;
+  Address* zeros_ = nullptr;
+  std::size_t zeros_size_ = 0;
+  base::OwnVector<os::AttributedMapping> attributes_;
+  std::uint64_t attributes_at_ = 0;
+  base::OwnVector<Address> unwaitable_;  // sorted page addresses
+  std::uint64_t unwaitable_at_ = 0;
+  bool no_pins_ = false;          // answer of the last look at the descriptors, with its time
+  std::uint32_t no_pins_pass_ = 0;
+  const os::File* inherited_ = nullptr;
+  std::size_t inherited_count_ = 0;
+
+  // Shared by both threads. events_mutex_ is held by the event thread from before it reads a message until it has acted
+  // on it; by the scanner for the instant in which a page that it has taken out of a run comes back. Whoever holds it
+  // waits for nobody.
+  std::mutex events_mutex_;
+  struct Hold {
+    Span run;             // taken out of its place by mremap, accesses to it wait in the breaker
+    Address taken_to = 0;  // where its pages are
+  };
+  Hold hold_;                                // under events_mutex_
+  std::array<bool, kMaxRunPages> held_marks_{};  // of the hold: which pages carried the mark before; scanner
+  std::byte* event_scratch_ = nullptr;       // one page; event thread
+  std::uint64_t children_checked_at_ = 0;    // event thread
+  std::atomic<Address> own_move_from_{0};    // a mapping that the scanner itself is moving
+  struct Moved {
+    Address from, end, to;
+  };
+  static constexpr std::size_t kMaxMoves = 4096;
+  std::array<Moved, kMaxMoves>* moves_ = nullptr;  // of the program, not yet followed; under events_mutex_
+  std::atomic<std::size_t> move_count_{0};
+  std::atomic<bool> lost_moves_{false};
+  ChildList children_;                       // under events_mutex_
+};
+
+}  // namespace ksmu::engine

@@ -1,0 +1,321 @@
+// The event thread's work: discards, faults, forks and moves of memory that maps frames, whoever causes them.
+//
+// Order matters. A discard's event is read before the discarding thread goes on; a fault that follows it is read later.
+// So within what one call has read, events come before faults. Nothing here allocates on the way of a fault, waits for
+// the scanner, or writes where the program could be reading. A fault on a page that the scanner has in hand is passed
+// over: whoever has it wakes the whole run when done, and the waiter faults again.
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+
+#include "base/test_point.h"
+#include "engine/engine.h"
+#include "engine/probes.h"
+
+namespace ksmu::engine {
+namespace {
+constexpr std::size_t kZeroAround = 64;      // pages mapped to zero at a fault in a discarded range
+constexpr std::size_t kContinueAround = 16;  // frames mapped at a fault (one of them came back from swap), as fault-around
+constexpr std::uint64_t kChildCheckNs = 1'000'000'000;
+}  // namespace
+
+std::size_t Engine::EventContexts(os::Context* contexts, std::size_t capacity) {
+  std::lock_guard lock(events_mutex_);
+  std::size_t n = 0;
+  contexts[n++] = os::kBreaker;
+  contexts[n++] = os::kSyncBreaker;
+  for (std::size_t i = 0; i < children_.size() && n < capacity; ++i) contexts[n++] = children_[i]->context;
+  return n;
+}
+
+void Engine::HandleEvents() {
+  std::lock_guard lock(events_mutex_);
+  HandleContext(os::kBreaker, nullptr);
+  HandleContext(os::kSyncBreaker, nullptr);
+  for (std::size_t i = 0; i < children_.size(); ++i) HandleContext(children_[i]->context, children_[i]);
+  if (children_.size() == 0) return;
+  const std::uint64_t now = system_.NowNanoseconds();
+  if (now - children_checked_at_ < kChildCheckNs) return;
+  children_checked_at_ = now;
+  for (std::size_t i = 0; i < children_.size();) {
+    if (system_.ContextAlive(children_[i]->context)) {
+      ++i;
+      continue;
+    }
+    system_.CloseContext(children_[i]->context);
+    children_.RemoveAt(i);
+    Add(counters_.children, -1);
+  }
+}
+
+void Engine::HandleContext(os::Context context, Child* child) {
+  os::Event events[32];
+  // Bounded, so that one busy context does not starve the others.
+  for (int round = 0; round < 16; ++round) {
+    const std::size_t n = system_.ReadEvents(context, events, 32);
+    if (n == 0) return;
+    KSMU_TEST_POINT("event.read", events[0].start, page_);
+    for (std::size_t i = 0; i < n; ++i) {
+      const os::Event& event = events[i];
+      switch (event.kind) {
+        case os::Event::kRemove:
+          if (child) {
+            child->discards.AddRange(event.start, event.end, std::countr_zero(page_));
+            FillZeros(context, {event.start, event.end - event.start});
+          } else {
+            OnRemove(context, event.start, event.end);
+          }
+          break;
+        case os::Event::kRemap:
+          if (child) {
+            const int shift = std::countr_zero(page_);
+            for (Address a = event.start; a < event.end; a += page_) {
+              if (child->discards.Contains(a, shift)) child->discards.Add(event.to + (a - event.start), shift);
+            }
+          } else {
+            OnRemap(event);
+          }
+          break;
+        case os::Event::kFork:
+          OnFork(context, child, event.child);
+          break;
+        case os::Event::kFault:
+        case os::Event::kUnmap:
+          break;
+      }
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+      if (events[i].kind == os::Event::kFault) OnFault(context, child, events[i]);
+    }
+    KSMU_TEST_POINT("event.handled", events[0].start, page_);
+  }
+}
+
+// A discard of merged memory, seen or raw. The pages are marked, and once the kernel has zapped them the zero page is
+// mapped in their place: no fault comes here for them, and a child made afterwards inherits the zeros. Putting anonymous
+// memory over the range instead would undo an mprotect that the program may be making at this moment.
+void Engine::OnRemove(os::Context context, Address start, Address end) {
+  KSMU_PROBE2(discard, start, end);
+  // A range that was moved and not yet followed is known by its old addresses.
+  Address at = start;
+  if (move_count_.load(std::memory_order_relaxed)) {
+    for (Address a = start; a < end; a += page_) {
+      const Address known = Translate(a);
+      if (known == a) continue;
+      if (Words* word = table_.Find(known)) MarkDiscarded(known, word);
+    }
+  }
+  Address fill_from = 0, fill_to = 0;
+  auto flush = [&] {
+    if (fill_to > fill_from) FillZeros(context, {fill_from, fill_to - fill_from});
+    fill_from = fill_to = 0;
+  };
+  while (Segment* segment = table_.NextSegment(at)) {
+    if (segment->start >= end) break;
+    const Address low = std::max(at, segment->start), high = std::min(end, segment->start + kSegmentBytes);
+    for (Address a = low; a < high; a += page_) {
+      Words* word = table_.Word(segment, (a - segment->start) / page_);
+      if (!word) continue;
+      MarkDiscarded(a, word);
+      const Page page(word->load(std::memory_order_acquire));
+      if (page.busy() || !page.covers()) continue;
+      if (a != fill_to) {
+        flush();
+        fill_from = a;
+      }
+      fill_to = a + page_;
+    }
+    at = segment->start + kSegmentBytes;
+  }
+  flush();
+}
+
+// Maps the zero page wherever the range has nothing. Best effort: the discarding thread may not have zapped yet; what is
+// left is answered fault by fault.
+void Engine::FillZeros(os::Context context, Span span) {
+  for (int attempt = 0; attempt < 4; ++attempt) {
+    // Protection marks stay behind when protected pages are zapped, and are in the way of the zero page.
+    const int error = system_.WriteProtect(context, span, false);
+    if (error == -EAGAIN) {
+      system_.Yield();
+      continue;
+    }
+    if (error) return;
+    std::size_t filled = 0;
+    for (std::size_t done = 0; done < span.bytes;) {
+      const os::Partial zeroed = system_.ZeroPage(context, {span.start + done, span.bytes - done});
+      done += zeroed.done;
+      filled += zeroed.done;
+      if (zeroed.error == -EEXIST) done += page_;
+      else if (zeroed.error == -EAGAIN) break;
+      else if (zeroed.error) return;
+    }
+    if (filled) return;
+    system_.Yield();
+  }
+}
+
+void Engine::OnFault(os::Context context, Child* child, const os::Event& event) {
+  const Address a = event.start & ~(page_ - 1);
+  const Span one{a, page_};
+  const int shift = std::countr_zero(page_);
+  Words* word = child ? nullptr : table_.Find(Translate(a));
+  Page page(word ? word->load(std::memory_order_acquire) : 0);
+  if (page.busy()) return;
+
+  if (event.write_protect) {
+    // A synchronous break: book it, then let the kernel copy. The frame is pinned until the copy has been seen.
+    while (word && page.state() == PageState::kMerged && !page.busy()) {
+      pool_.Pin(page.value());
+      if (Change(word, page, page.WithState(PageState::kBroken).WithUnconfirmed(true).WithStamp(NowSeconds()).WithTries(0))) {
+        pool_.Unshare(page.value());
+        Add(counters_.cow_breaks, 1);
+        KSMU_PROBE2(cow_break, a, page.value());
+        break;
+      }
+      pool_.Unpin(page.value());
+    }
+    if (page.busy()) return;
+    if (system_.WriteProtect(context, one, false) != 0) {
+      system_.Yield();
+      system_.Wake(context, one);  // it faults again, and is then answered
+    }
+    return;
+  }
+
+  const bool zeros = child ? child->discards.Contains(a, shift) || !event.minor
+                           : page.discarded() || !event.minor || (page.covers() && page.state() != PageState::kMerged);
+  Address end = a + page_;
+  const std::size_t around = zeros ? kZeroAround : kContinueAround;
+  for (std::size_t i = 1; i < around; ++i, end += page_) {
+    if (child) {
+      if (zeros != child->discards.Contains(end, shift)) break;
+      if (!zeros && !table_.Find(end)) break;
+    } else {
+      const Page next = table_.Load(Translate(end));
+      if (next.busy() || !next.covers()) break;
+      if (zeros ? !next.discarded() : next.discarded() || next.state() != PageState::kMerged) break;
+    }
+  }
+  const Span span{a, end - a};
+  if (zeros) {
+    FillZeros(context, span);
+  } else {
+    for (std::size_t done = 0; done < span.bytes;) {
+      const os::Partial filled = system_.Continue(context, {a + done, span.bytes - done}, true);
+      done += filled.done;
+      if (filled.error == -EEXIST) done += page_;
+      else if (filled.error) break;
+    }
+  }
+  system_.Wake(context, span);
+}
+
+// A fork or a raw clone: from here on the parent serves the child's registrations.
+void Engine::OnFork(os::Context context, Child* parent, os::Context child_context) {
+  const int shift = std::countr_zero(page_);
+  Child* child = children_.Add(child_context, context == os::kSyncBreaker || (parent && parent->sync));
+  if (!child) {
+    system_.CloseContext(child_context);  // its memory stays valid; raw discards in it are not seen
+    return;
+  }
+  Add(counters_.children, 1);
+  if (parent) {
+    child->discards.CopyFrom(parent->discards);
+    return;
+  }
+  Address at = 0;
+  while (Segment* segment = table_.NextSegment(at)) {
+    at = segment->start + kSegmentBytes;
+    if (segment->marked.load(std::memory_order_relaxed) == 0) continue;
+    for (std::size_t i = 0; i < table_.pages_per_segment(); ++i) {
+      Words* word = table_.Word(segment, i);
+      if (word && Page(word->load(std::memory_order_acquire)).discarded()) {
+        child->discards.Add(segment->start + i * page_, shift);
+      }
+    }
+  }
+  // Pages that the scanner has taken out of their run are not where the child would look: give it copies.
+  for (Address a = hold_.run.start; hold_.taken_to && a < hold_.run.end(); a += page_) {
+    const Page page = table_.Load(a);
+    if (!page.busy() || page.discarded()) continue;
+    if (system_.ReadProgram(hold_.taken_to + (a - hold_.run.start), event_scratch_, page_) != page_) continue;
+    for (int attempt = 0; attempt < 100; ++attempt) {
+      if (system_.Copy(child_context, a, event_scratch_, page_, true).error != -EAGAIN) break;
+      os::Event early[8];  // what the child is doing already
+      const std::size_t n = system_.ReadEvents(child_context, early, 8);
+      for (std::size_t i = 0; i < n; ++i) {
+        if (early[i].kind == os::Event::kRemove) child->discards.AddRange(early[i].start, early[i].end, shift);
+        else if (early[i].kind == os::Event::kFault) system_.Wake(child_context, {early[i].start, page_});
+      }
+      system_.Yield();
+    }
+  }
+}
+
+void Engine::OnRemap(const os::Event& event) {
+  if (event.start == own_move_from_.load(std::memory_order_acquire)) {
+    if (event.start == hold_.run.start) hold_.taken_to = event.to;
+    return;
+  }
+  const std::size_t n = move_count_.load(std::memory_order_relaxed);
+  if (n == kMaxMoves) {
+    // Thousands of moves while the scanner did not run once: from here on their discards are not told from swapping.
+    lost_moves_.store(true, std::memory_order_relaxed);
+    return;
+  }
+  (*moves_)[n] = {event.start, event.end, event.to};
+  move_count_.store(n + 1, std::memory_order_release);
+}
+
+// The address under which a page is known whose mapping the program has moved, until the scanner has followed.
+Address Engine::Translate(Address a) const {
+  for (std::size_t n = move_count_.load(std::memory_order_relaxed); n-- > 0;) {
+    const Moved& moved = (*moves_)[n];
+    if (a >= moved.to && a - moved.to < moved.end - moved.from) a = moved.from + (a - moved.to);
+  }
+  return a;
+}
+
+// Follows merged memory that the program has moved: its words, and its region. True: nothing is left to follow.
+bool Engine::ApplyMoves() {
+  while (move_count_.load(std::memory_order_acquire)) {
+    Moved moved;
+    {
+      std::lock_guard lock(events_mutex_);
+      moved = (*moves_)[0];
+    }
+    const Span to{moved.to, moved.end - moved.from};
+    const Region* found = regions_.Find(moved.from);
+    Region region = found ? *found : Region{};
+    region.start = to.start;
+    region.end = to.end();
+    region.owned = false;
+    if (to.end() > PageTable::kLimit || !table_.MakeRange(to) || !regions_.Set(region)) return false;
+    std::lock_guard lock(events_mutex_);
+    for (Address a = moved.from; a < moved.end; a += page_) {
+      Words* old_word = table_.Find(a);
+      if (!old_word) continue;
+      Page page(old_word->load(std::memory_order_acquire));
+      if (!page.covers()) continue;
+      Words* new_word = table_.Find(to.start + (a - moved.from));
+      ForgetPage(to.start + (a - moved.from), new_word);
+      Page before(new_word->load(std::memory_order_acquire));
+      while (!Change(new_word, before, page)) {
+      }
+      while (!Change(old_word, page, Page())) {
+      }
+      if (page.discarded()) {
+        table_.FindSegment(a)->marked.fetch_sub(1, std::memory_order_relaxed);
+        table_.FindSegment(to.start + (a - moved.from))->marked.fetch_add(1, std::memory_order_relaxed);
+      }
+    }
+    const std::size_t n = move_count_.load(std::memory_order_relaxed);
+    for (std::size_t i = 1; i < n; ++i) (*moves_)[i - 1] = (*moves_)[i];
+    move_count_.store(n - 1, std::memory_order_release);
+  }
+  return true;
+}
+
+}  // namespace ksmu::engine

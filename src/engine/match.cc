@@ -1,0 +1,212 @@
+// From a still page to a decision: zero, a frame to map, a twin to publish a frame with, or a candidate.
+
+#include <algorithm>
+
+#include "base/test_point.h"
+#include "content/content.h"
+#include "engine/engine.h"
+#include "engine/probes.h"
+
+namespace ksmu::engine {
+
+using frames::Frame;
+using frames::kNoFrame;
+
+void Engine::Leave(Address a, Reason reason) {
+  const Page page = table_.Load(a);
+  if (page.covers()) return;
+  KSMU_PROBE2(skip, a, static_cast<int>(reason));
+  Set(a, Page()
+             .WithState(PageState::kUnmerged)
+             .WithReason(reason)
+             .WithStamp(pass_)
+             .WithTries(page.state() == PageState::kUnmerged ? page.tries() + 1 : std::max(page.tries(), 1u)));
+}
+
+// Reads the pages into buffer_, page i at place i. Where nothing can be read (unmapped, PROT_NONE) the page is left.
+// Through the kernel, not by plain loads: a hole is an error value here and would be a signal there.
+std::size_t Engine::ReadPages(const Address* pages, std::size_t count) {
+  std::size_t read = 0;
+  for (std::size_t i = 0; i < count;) {
+    std::size_t end = i + 1;
+    while (end < count && pages[end] == pages[end - 1] + page_) ++end;
+    std::size_t done = 0;
+    while (i + done < end) {
+      const std::size_t bytes = system_.ReadProgram(pages[i + done], buffer_ + (i + done) * page_, (end - i - done) * page_);
+      const std::size_t whole = bytes / page_;
+      read += whole;
+      done += whole;
+      if (i + done < end) {
+        Leave(pages[i + done], Reason::kProtection);
+        ++done;
+      }
+    }
+    i = end;
+  }
+  return read;
+}
+
+std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std::size_t count) {
+  const std::size_t read = ReadPages(pages, count);
+  Add(counters_.pages_scanned, static_cast<std::int64_t>(read));
+  plan_size_ = twins_size_ = zeros_size_ = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const Page page = table_.Load(pages[i]);
+    if (page.state() == PageState::kUnmerged && page.reason() == Reason::kProtection &&
+        page.stamp() == (pass_ & Page::kStampMask)) {
+      continue;  // could not be read just now
+    }
+    MatchPage(pages[i], buffer_ + i * page_);
+  }
+  for (std::size_t i = 0; i < zeros_size_;) {
+    std::size_t end = i + 1;
+    while (end < zeros_size_ && zeros_[end] == zeros_[end - 1] + page_ && end - i < kMaxRunPages) ++end;
+    DropZeroRun(region, zeros_[i], end - i);
+    i = end;
+  }
+  MergePlanned(plan_, plan_size_);
+  std::sort(twins_, twins_ + twins_size_, [](const Planned& a, const Planned& b) { return a.page < b.page; });
+  MergePlanned(twins_, twins_size_);
+  return read;
+}
+
+Frame Engine::FrameWithRoom(Frame head, const std::byte* bytes) {
+  const auto limit = static_cast<std::uint32_t>(tunables_.max_page_sharing.load(std::memory_order_relaxed));
+  int looked = 0;
+  for (Frame f = head; f != kNoFrame && looked < 16; f = pool_.next(f), ++looked) {
+    if (pool_.sharers(f) + pool_.pins(f) < limit && content::Equal(pool_.Bytes(f), bytes, page_)) return f;
+  }
+  return kNoFrame;
+}
+
+void Engine::MatchPage(Address page, const std::byte* bytes) {
+  if (tunables_.use_zero_pages.load(std::memory_order_relaxed) && content::IsZero(bytes, page_)) {
+    zeros_[zeros_size_++] = page;
+    return;
+  }
+  const auto hash = static_cast<std::uint32_t>(content::Hash(bytes, page_, seed_) >> 32);
+  Frame frame = kNoFrame, full = kNoFrame;
+  Address twin = 0;
+  using Visit = frames::Index::Visit;
+  index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
+    if (entry.is_frame) {
+      if (pool_.hash(entry.frame) != hash) return Visit::kNext;
+      frame = FrameWithRoom(entry.frame, bytes);
+      if (frame != kNoFrame) return Visit::kStop;
+      if (content::Equal(pool_.Bytes(entry.frame), bytes, page_)) full = entry.frame;
+      return Visit::kNext;
+    }
+    const Address candidate = entry.page * page_;
+    const Page known = table_.Load(candidate);
+    if (candidate == page || known.state() != PageState::kStill || !known.indexed()) return Visit::kEraseNext;
+    if (known.value() != hash) return Visit::kNext;
+    if (system_.ReadProgram(candidate, scratch_, page_) != page_) return Visit::kEraseNext;
+    if (!content::Equal(scratch_, bytes, page_)) return Visit::kNext;
+    twin = candidate;
+    return Visit::kEraseStop;
+  });
+  if (twin) {
+    Set(twin, table_.Load(twin).WithIndexed(false));
+    frame = Publish(hash, bytes, full);
+    if (frame == kNoFrame) {
+      Leave(twin, Reason::kPool);
+      Leave(page, Reason::kPool);
+      return;
+    }
+    pool_.Pin(frame);
+    twins_[twins_size_++] = {twin, frame};
+  }
+  if (frame != kNoFrame) {
+    pool_.Pin(frame);
+    plan_[plan_size_++] = {page, frame};
+    return;
+  }
+  const Page old = table_.Load(page);
+  const bool indexed = index_.Insert(hash, {false, kNoFrame, page / page_});
+  Set(page, Page().WithState(PageState::kStill).WithValue(hash).WithIndexed(indexed).WithStamp(old.stamp()));
+}
+
+// Writes a frame. It may be mapped from now on, and never changes again. `chain`: a full frame of the same content.
+Frame Engine::Publish(std::uint32_t hash, const std::byte* bytes, Frame chain) {
+  KSMU_TEST_POINT("publish.begin", reinterpret_cast<Address>(bytes), page_);
+  const Frame frame = pool_.Allocate();
+  if (frame == kNoFrame) return kNoFrame;
+  const os::Partial written =
+      system_.WriteFile(pool_.OsFile(frame), pool_.Offset(frame), reinterpret_cast<Address>(bytes), page_);
+  if (written.done != page_) return kNoFrame;  // it has no sharer: the next Reclaim takes it back
+  pool_.set_hash(frame, hash);
+  pool_.set_next(frame, chain);
+  using Visit = frames::Index::Visit;
+  if (chain != kNoFrame) {
+    index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
+      return entry.is_frame && entry.frame == chain ? Visit::kEraseStop : Visit::kNext;
+    });
+    if (pool_.next(chain) == kNoFrame) Add(counters_.chains, 1), Add(counters_.dups, 1);
+    Add(counters_.dups, 1);
+  }
+  index_.Insert(hash, {true, frame, 0});  // no memory: the frame is mapped by these two, and not found by others
+  KSMU_TEST_POINT("publish.written", reinterpret_cast<Address>(bytes), page_);
+  return frame;
+}
+
+void Engine::ForgetFrame(void* self, Frame frame) {
+  auto& engine = *static_cast<Engine*>(self);
+  using Visit = frames::Index::Visit;
+  Frame new_head = kNoFrame;
+  const std::uint32_t hash = engine.pool_.hash(frame);
+  bool in_chain = false, was_pair = false;
+  engine.index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
+    if (!entry.is_frame || engine.pool_.hash(entry.frame) != hash) return Visit::kNext;
+    if (entry.frame == frame) {
+      new_head = engine.pool_.next(frame);
+      in_chain = new_head != kNoFrame;
+      was_pair = in_chain && engine.pool_.next(new_head) == kNoFrame;
+      return Visit::kEraseStop;
+    }
+    for (Frame f = entry.frame; engine.pool_.next(f) != kNoFrame; f = engine.pool_.next(f)) {
+      if (engine.pool_.next(f) != frame) continue;
+      engine.pool_.set_next(f, engine.pool_.next(frame));
+      in_chain = true;
+      was_pair = f == entry.frame && engine.pool_.next(f) == kNoFrame;
+      return Visit::kStop;
+    }
+    return Visit::kNext;
+  });
+  if (new_head != kNoFrame) engine.index_.Insert(hash, {true, new_head, 0});
+  if (in_chain) {
+    Add(engine.counters_.dups, was_pair ? -2 : -1);
+    if (was_pair) Add(engine.counters_.chains, -1);
+  }
+}
+
+bool Engine::HashOfEntry(void* self, const frames::Index::Entry& entry, std::uint32_t* hash) {
+  auto& engine = *static_cast<Engine*>(self);
+  if (entry.is_frame) {
+    *hash = engine.pool_.hash(entry.frame);
+    return true;
+  }
+  const Page page = engine.table_.Load(entry.page * engine.page_);
+  *hash = page.value();
+  return page.state() == PageState::kStill && page.indexed();
+}
+
+// Merges what was planned, in runs: consecutive pages that are to map consecutive frames.
+void Engine::MergePlanned(Planned* plan, std::size_t count) {
+  for (std::size_t i = 0; i < count;) {
+    const Region* region = regions_.Find(plan[i].page);
+    std::size_t end = i + 1;
+    while (end < count && end - i < kMaxRunPages && plan[end].page == plan[end - 1].page + page_ &&
+           plan[end].frame == plan[end - 1].frame + 1 && pool_.SameFile(plan[end].frame, plan[i].frame) &&
+           region && plan[end].page < region->end) {
+      ++end;
+    }
+    if (region && region->kind == Region::kMergeable) {
+      const Region copy = *region;
+      MergeRun(copy, plan[i].page, end - i, plan[i].frame);
+    }
+    for (std::size_t k = i; k < end; ++k) pool_.Unpin(plan[k].frame);
+    i = end;
+  }
+}
+
+}  // namespace ksmu::engine

@@ -1,0 +1,476 @@
+// The merge: shut, take, prove, attach, drain, drop, book, open. docs/protocol.md goes through it step by step.
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+
+#include "base/test_point.h"
+#include "content/content.h"
+#include "engine/engine.h"
+#include "engine/probes.h"
+
+namespace ksmu::engine {
+
+using frames::Frame;
+
+namespace {
+constexpr std::uint64_t kAttributesLive = 500'000'000;  // ns: a raw madvise in between is seen late; see docs/limits.md
+constexpr std::uint64_t kUnwaitableLive = 2'000'000;
+}  // namespace
+
+bool Engine::BudgetAllows() const {
+  const auto wanted = tunables_.max_maps.load(std::memory_order_relaxed);
+  const std::size_t system_limit = system_.MaxMappings();
+  // A quarter of the kernel's limit stays the program's, whatever the tunable says.
+  std::size_t limit = system_limit - system_limit / 4;
+  if (wanted > 0) limit = std::min(limit, static_cast<std::size_t>(wanted));
+  const std::size_t since = maps_used_.load(std::memory_order_relaxed) - maps_at_pass_;
+  return mappings_at_pass_ + 2 * since + 4 < limit;
+}
+
+void Engine::RefreshAttributes() {
+  attributes_.clear();
+  attributes_at_ = system_.NowNanoseconds();
+  // The buffer must not grow inside the read: make room for what the last pass has seen, and read again if it was short.
+  for (std::size_t i = 0; i < regions_.size(); ++i) {
+    const Region& region = regions_[i];
+    if (region.kind != Region::kMergeable) continue;
+    system_.ReadAttributes(
+        region.span(),
+        [](void* cookie, const os::AttributedMapping& mapping) {
+          if (mapping.mapping.anonymous) static_cast<base::OwnVector<os::AttributedMapping>*>(cookie)->push_back(mapping);
+        },
+        &attributes_);
+  }
+}
+
+void Engine::RefreshUnwaitable() {
+  unwaitable_.clear();
+  unwaitable_at_ = system_.NowNanoseconds();
+  system_.VisitUnwaitableWords(
+      [](void* cookie, Address word) {
+        auto& engine = *static_cast<Engine*>(cookie);
+        const Address page = word & ~(engine.page_ - 1);
+        if (!engine.unwaitable_.empty() && engine.unwaitable_.back() == page) return true;
+        return engine.unwaitable_.push_back(page);
+      },
+      this);
+  std::sort(unwaitable_.begin(), unwaitable_.end());
+}
+
+bool Engine::Unwaitable(Address page) const {
+  return std::binary_search(unwaitable_.begin(), unwaitable_.end(), page);
+}
+
+// What must hold before a gate is shut on these pages. Every answer can be out of date a moment later; what then happens
+// is in docs/limits.md (raw mprotect) or is caught under the gate.
+std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes,
+                        Reason* reason) {
+  *reason = Reason::kFailed;
+  if (gate_.NeedsRepair()) return 0;
+  if (!mappings_at_pass_) {
+    mappings_at_pass_ = system_.CountMappings();
+    maps_at_pass_ = maps_used_.load(std::memory_order_relaxed);
+  }
+  const std::uint64_t now = system_.NowNanoseconds();
+  if (now - unwaitable_at_ > kUnwaitableLive || unwaitable_at_ == 0) RefreshUnwaitable();
+
+  os::Mapping mapping;
+  if (system_.QueryMapping(start, &mapping) != 0 || mapping.start > start) {
+    ForgetRange({start, page_});
+    *reason = Reason::kNone;
+    return 0;
+  }
+  if (!mapping.anonymous || mapping.shared || mapping.stack || mapping.special) {
+    *reason = IsInherited(mapping) ? Reason::kInherited : Reason::kNone;
+    return 0;
+  }
+  if (!mapping.readable || !mapping.writable) {
+    *reason = Reason::kProtection;
+    return 0;
+  }
+  if (mapping.executable) {
+    *reason = Reason::kAttributes;
+    return 0;
+  }
+  pages = std::min(pages, static_cast<std::size_t>(std::min(mapping.end, region.end) - start) / page_);
+
+  if (attributes_at_ == 0 || now - attributes_at_ > kAttributesLive) RefreshAttributes();
+  const os::AttributedMapping* found = nullptr;
+  for (int attempt = 0; attempt < 2 && !found; ++attempt) {
+    if (attempt) RefreshAttributes();
+    auto after = std::upper_bound(attributes_.begin(), attributes_.end(), start,
+                                  [](Address a, const os::AttributedMapping& m) { return a < m.mapping.start; });
+    if (after != attributes_.begin() && (after - 1)->mapping.end > start) found = after - 1;
+  }
+  if (!found) return 0;
+  const os::Attributes& a = found->attributes;
+  pages = std::min(pages, static_cast<std::size_t>(found->mapping.end - start) / page_);
+  *reason = a.locked || a.sealed ? Reason::kLocked
+            : a.hugetlb || a.pfn_map || a.grows_down || a.wipe_on_fork || a.protection_key ? Reason::kAttributes
+                                                                                            : Reason::kNone;
+  if (*reason != Reason::kNone) return 0;
+  *attributes = a;
+
+  // Pages that are gone, or were written since they were found still, would only make the gate shut for nothing; and a
+  // page that somebody has just written may hold a word that the kernel is about to need (a robust mutex).
+  os::ScanRequest request;
+  request.required = os::kPresent | os::kFile;
+  request.inverted = os::kFile;
+  request.returned = os::kPresent | os::kWritten | os::kPfnZero;
+  std::array<os::PageRun, 4> runs;
+  const os::ScanResult scan = system_.Scan({start, pages * page_}, request, runs.data(), runs.size());
+  if (scan.error || scan.runs == 0 || runs[0].start != start || (runs[0].categories & os::kPfnZero)) {
+    *reason = Reason::kNone;  // not there any more: the next sweep sees what is
+    return 0;
+  }
+  if ((runs[0].categories & os::kWritten) && !now_) {
+    *reason = Reason::kNone;
+    return 0;
+  }
+  Address end = runs[0].end;
+  for (std::size_t r = 1; r < scan.runs && runs[r].start == end && now_ && !(runs[r].categories & os::kPfnZero); ++r) {
+    end = runs[r].end;
+  }
+  pages = std::min(pages, static_cast<std::size_t>(end - start) / page_);
+
+  for (std::size_t i = 0; i < pages; ++i) {
+    const Page page = table_.Load(start + i * page_);
+    if (!page.busy() && !page.covers() && !Unwaitable(start + i * page_)) continue;
+    *reason = page.busy() || page.covers() ? Reason::kNone : Reason::kUnwaitable;
+    return i;
+  }
+  *reason = Reason::kNone;
+  return pages;
+}
+
+bool Engine::MarkBusy(Span run) {
+  for (Address a = run.start; a < run.end(); a += page_) {
+    Words* word = table_.Make(a);
+    if (!word) {
+      ClearBusy({run.start, a - run.start});
+      return false;
+    }
+    Page page(word->load(std::memory_order_acquire));
+    if (page.discarded()) table_.FindSegment(a)->marked.fetch_sub(1, std::memory_order_relaxed);
+    while (!Change(word, page, page.WithBusy(true).WithDiscarded(false))) {
+    }
+  }
+  return true;
+}
+
+void Engine::ClearBusy(Span run) {
+  for (Address a = run.start; a < run.end(); a += page_) {
+    Words* word = table_.Find(a);
+    if (!word) continue;
+    Page page(word->load(std::memory_order_acquire));
+    while (page.busy() && !Change(word, page, page.WithBusy(false))) {
+    }
+  }
+}
+
+// Exact attach: a mapping of the frames at a free address, registered with the breaker and filled, to be moved over the
+// run. The registration moves along, so that the run is never without a context: no discard passes unseen.
+int Engine::Prepare(const Region& region, Span run, Frame first, const os::Attributes& attributes, Address* at) {
+  if (int error = system_.MapFrames(0, run.bytes, pool_.OsFile(first), pool_.Offset(first), os::Protection::kReadWrite, at)) {
+    return error;
+  }
+  const Span span{*at, run.bytes};
+  const os::Context breaker = BreakerOf(region);
+  int error = system_.ApplyAttributes(span, attributes);
+  if (!error) error = system_.Register(breaker, span, os::kMissing | os::kWriteProtect | os::kMinor);
+  for (std::size_t done = 0; !error && done < span.bytes;) {
+    const os::Partial filled = system_.Continue(breaker, {span.start + done, span.bytes - done}, true);
+    done += filled.done;
+    if (filled.error == -EAGAIN) system_.Yield();  // somebody's event is unread: the event thread is at it
+    else if (filled.error == -EEXIST) done += page_;
+    else error = filled.error;
+  }
+  if (error) {
+    system_.Unmap(span);
+    return error;
+  }
+  KSMU_TEST_POINT("merge.prepared", run.start, run.bytes);
+  return 0;
+}
+
+// Fast attach, for memory whose discards all go through the library: the frames are mapped in place and armed there.
+// Between the mapping and the protection a reader can map frames unprotected, and a writer break them unseen: so the
+// whole run is protected before it is filled, what is there already is passed over, and a scan tells what was broken.
+bool Engine::AttachFast(const Region& region, Span run, Frame first, const os::Attributes& attributes) {
+  Address at = 0;
+  if (system_.MapFrames(run.start, run.bytes, pool_.OsFile(first), pool_.Offset(first), os::Protection::kReadWrite, &at)) {
+    return false;
+  }
+  const os::Context breaker = BreakerOf(region);
+  constexpr std::uint32_t modes = os::kMissing | os::kWriteProtect | os::kMinor;
+  system_.ApplyAttributes(run, attributes);
+  KSMU_TEST_POINT("merge.attached", run.start, run.bytes);
+  // Without the registration the run is an ordinary private mapping: a writer still gets its own copy. It is repaired.
+  const bool registered = system_.Register(breaker, run, modes) == 0;
+  if (!registered) {
+    gate_.AddRepair(run, breaker, modes);
+    return true;
+  }
+  KSMU_TEST_POINT("merge.registered", run.start, run.bytes);
+  while (system_.WriteProtect(breaker, run, true) == -EAGAIN) system_.Yield();
+  KSMU_TEST_POINT("merge.protected", run.start, run.bytes);
+  for (std::size_t done = 0; done < run.bytes;) {
+    const os::Partial filled = system_.Continue(breaker, {run.start + done, run.bytes - done}, true);
+    done += filled.done;
+    if (filled.error == -EAGAIN) system_.Yield();
+    else if (filled.error) done += page_;  // mapped already (EEXIST), or left to a MINOR fault
+  }
+  KSMU_TEST_POINT("merge.filled", run.start, run.bytes);
+  return true;
+}
+
+// The pages of the run map frames now: from here on they are merged, or dropped where a discard came in the meantime.
+void Engine::Book(Span run, Frame first) {
+  os::ScanRequest request;
+  request.required = os::kPresent | os::kFile;
+  request.inverted = os::kFile;
+  request.returned = os::kPresent | os::kPfnZero;
+  std::array<os::PageRun, 16> runs;
+  std::array<bool, kMaxRunPages> broken{};
+  for (Address at = run.start; at < run.end();) {
+    const os::ScanResult scan = system_.Scan({at, run.end() - at}, request, runs.data(), runs.size());
+    if (scan.error || scan.walked_to <= at) break;
+    for (std::size_t r = 0; r < scan.runs; ++r) {
+      if (runs[r].categories & os::kPfnZero) continue;
+      for (Address a = runs[r].start; a < runs[r].end; a += page_) broken[(a - run.start) / page_] = true;
+    }
+    at = scan.walked_to;
+  }
+  const std::size_t pages = run.bytes / page_;
+  for (std::size_t i = 0; i < pages; ++i) {
+    const Address a = run.start + i * page_;
+    const Frame frame = first + static_cast<Frame>(i);
+    Words* word = table_.Find(a);
+    pool_.Cover(frame);
+    if (!broken[i]) pool_.Share(frame);
+    Page from(word->load(std::memory_order_acquire));
+    for (;;) {
+      const bool gone = gate_.gone(i) || from.discarded();
+      Page to = Page().WithValue(frame).WithDiscarded(gone);
+      to = broken[i] ? to.WithState(PageState::kBroken).WithStamp(NowSeconds())
+           : gone    ? to.WithState(PageState::kDropped)
+                     : to.WithState(PageState::kMerged);
+      if (!Change(word, from, to)) continue;
+      if (gone && !from.discarded()) table_.FindSegment(a)->marked.fetch_add(1, std::memory_order_relaxed);
+      if (gone && !broken[i]) pool_.Unshare(frame);
+      Add(counters_.merged_total, 1);
+      if (broken[i]) Add(counters_.cow_breaks, 1);
+      break;
+    }
+  }
+  CountMap(1);
+  KSMU_PROBE3(merge, run.start, pages, first);
+}
+
+// Why the gate could not take the page. Heals what a fork has left non-exclusive: for the rest of the run at once.
+Reason Engine::WhyNotTaken(Address page, int error, Span rest, bool* healed) {
+  switch (error) {
+    case -ENOENT:
+      Set(page, Page());
+      return Reason::kNone;
+    case -EBUSY:
+      break;
+    case -EAGAIN:
+    case 0:
+      return Reason::kNone;
+    case -EINVAL:
+      return Reason::kProtection;
+    default:
+      return Reason::kFailed;
+  }
+  const Page known = table_.Load(page);
+  std::array<os::Sharing, kMaxRunPages> sharing;
+  const std::size_t count = std::min(rest.bytes / page_, sharing.size());
+  if (system_.ReadSharing(page, sharing.data(), count) < 0) return Reason::kFailed;
+  if (sharing[0] == os::Sharing::kShared) return Reason::kChild;
+  if (sharing[0] == os::Sharing::kAbsent) return Reason::kNone;
+  if (known.tries() & 1) return Reason::kPinned;  // healed before, and still not to be had
+  // One fork takes "exclusive" off every page, for ever, also when the child has long gone; a write brings it back.
+  for (std::size_t i = 0; i < count;) {
+    std::size_t end = i;
+    while (end < count && sharing[end] == os::Sharing::kExclusive) ++end;
+    if (end > i) {
+      system_.PopulateWrite({page + i * page_, (end - i) * page_});
+      *healed = true;
+    }
+    i = end + 1;
+  }
+  Set(page, known.WithState(PageState::kFresh).WithReason(Reason::kNone).WithIndexed(false).WithStamp(pass_).WithTries(1));
+  return Reason::kNone;
+}
+
+// Merges pages with the frames from `first` on. Returns how many came to map their frame; the others have a reason.
+std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pages, Frame first) {
+  std::size_t merged = 0;
+  int heals = 0;
+  for (std::size_t i = 0; i < pages;) {
+    const Address at = start + i * page_;
+    os::Attributes attributes;
+    Reason reason;
+    const std::size_t n = Fit(region, at, pages - i, &attributes, &reason);
+    if (n == 0) {
+      if (reason != Reason::kNone) Leave(at, reason);
+      ++i;
+      continue;
+    }
+    if (!BudgetAllows()) {
+      for (; i < pages; ++i) Leave(start + i * page_, Reason::kMapBudget);
+      break;
+    }
+    const Span run{at, n * page_};
+    const Frame frame = first + static_cast<Frame>(i);
+    auto leave_run = [&](std::size_t count, int error) {
+      for (std::size_t k = 0; k < count; ++k) {
+        Leave(at + k * page_, error == -ENOMEM ? Reason::kMapBudget : error == -EBUSY ? Reason::kForeign : Reason::kFailed);
+      }
+    };
+    Address prepared = 0;
+    if (!region.promise) {
+      if (int error = Prepare(region, run, frame, attributes, &prepared)) {
+        leave_run(n, error);
+        i += n;
+        continue;
+      }
+    }
+    if (!MarkBusy(run)) {
+      if (prepared) system_.Unmap({prepared, run.bytes});
+      break;
+    }
+    if (int error = gate_.Shut(run)) {
+      ClearBusy(run);
+      if (prepared) system_.Unmap({prepared, run.bytes});
+      leave_run(n, error);
+      i += n;
+      continue;
+    }
+    int take_error = 0;
+    const std::size_t got = gate_.Take(&take_error);
+    std::size_t equal = 0;
+    while (equal < got && content::Equal(gate_.Staged(equal), pool_.Bytes(frame + static_cast<Frame>(equal)), page_)) ++equal;
+    KSMU_TEST_POINT("merge.proved", run.start, run.bytes);
+    std::size_t attached = 0;
+    const Span part{at, equal * page_};
+    if (equal && gate_.StillOurs(part)) {
+      KSMU_TEST_POINT("merge.attach", run.start, run.bytes);
+      if (prepared) {
+        own_move_from_.store(prepared, std::memory_order_release);
+        if (system_.MoveMapping(prepared, part.bytes, at) == 0) attached = equal;
+        own_move_from_.store(0, std::memory_order_release);
+        KSMU_TEST_POINT("merge.attached", run.start, run.bytes);
+      } else if (AttachFast(region, part, frame, attributes)) {
+        attached = equal;
+      }
+    }
+    gate_.Drain();
+    KSMU_TEST_POINT("merge.drained", run.start, run.bytes);
+    if (attached < got) {
+      Add(counters_.gates_undone, 1);
+      gate_.GiveBack(attached, got);
+    }
+    gate_.Drop();
+    KSMU_TEST_POINT("merge.dropped", run.start, run.bytes);
+    if (attached) Book({at, attached * page_}, frame);
+    ClearBusy({at + attached * page_, (n - attached) * page_});
+    KSMU_TEST_POINT("merge.booked", run.start, run.bytes);
+    gate_.Open(attached);
+    if (attached) system_.Wake(BreakerOf(region), {at, attached * page_});
+    KSMU_TEST_POINT("merge.opened", run.start, run.bytes);
+    if (attached < got) KSMU_TEST_POINT("undo.opened", run.start, run.bytes);
+    if (prepared && attached < n) {
+      system_.Unmap({prepared + attached * page_, (n - attached) * page_});
+    }
+    merged += attached;
+    i += attached;
+    if (attached == n) continue;
+    if (attached < equal) {  // the attach itself was refused
+      leave_run(equal, -EPERM);
+      i += equal;
+    } else if (equal < got) {  // written since it was looked up: another content
+      const Page known = table_.Load(start + i * page_);
+      if (!known.covers()) {
+        Set(start + i * page_, Page().WithState(PageState::kFresh).WithStamp(pass_).WithTries(known.tries() & 1));
+      }
+      ++i;
+    } else {
+      bool healed = false;
+      const Address page = start + i * page_;
+      reason = WhyNotTaken(page, take_error, {page, (pages - i) * page_}, &healed);
+      if (reason != Reason::kNone) Leave(page, reason);
+      if (healed && now_ && ++heals < 3) continue;  // ksmu_merge does not wait for the next pass
+      ++i;
+    }
+  }
+  if (merged) fruitful_ = true;
+  return merged;
+}
+
+// All-zero pages need no frame: they are taken out and dropped, and read as zeros again.
+std::size_t Engine::DropZeroRun(const Region& region, Address start, std::size_t pages) {
+  std::size_t dropped = 0;
+  int heals = 0;
+  for (std::size_t i = 0; i < pages;) {
+    const Address at = start + i * page_;
+    os::Attributes attributes;
+    Reason reason;
+    const std::size_t n = Fit(region, at, pages - i, &attributes, &reason);
+    if (n == 0) {
+      if (reason != Reason::kNone) Leave(at, reason);
+      ++i;
+      continue;
+    }
+    const Span run{at, n * page_};
+    if (!MarkBusy(run)) break;
+    if (int error = gate_.Shut(run, true)) {
+      ClearBusy(run);
+      for (std::size_t k = 0; k < n; ++k) {
+        Leave(at + k * page_, error == -ENOMEM ? Reason::kMapBudget : error == -EBUSY ? Reason::kForeign : Reason::kFailed);
+      }
+      i += n;
+      continue;
+    }
+    int take_error = 0;
+    const std::size_t got = gate_.Take(&take_error);
+    std::array<bool, kMaxRunPages> zero{};
+    for (std::size_t k = 0; k < got; ++k) zero[k] = content::IsZero(gate_.Staged(k), page_);
+    KSMU_TEST_POINT("zero.proved", run.start, run.bytes);
+    for (std::size_t k = 0; k < got; ++k) {
+      if (!zero[k]) gate_.GiveBack(k, k + 1);
+    }
+    gate_.Drain();  // a clone made meanwhile gets its pages from staging: before they are dropped
+    gate_.Drop();
+    KSMU_TEST_POINT("zero.dropped", run.start, run.bytes);
+    for (std::size_t k = 0; k < n; ++k) {
+      const Address page = at + k * page_;
+      if (k < got && zero[k]) {
+        Set(page, Page().WithState(PageState::kZero));
+        Add(counters_.zero_total, 1);
+        ++dropped;
+      } else {
+        const Page known = table_.Load(page);
+        Set(page, known.WithState(PageState::kFresh).WithReason(Reason::kNone).WithStamp(pass_).WithBusy(false).WithDiscarded(false));
+      }
+    }
+    KSMU_TEST_POINT("zero.tracked", run.start, run.bytes);
+    gate_.Open(0);
+    KSMU_TEST_POINT("zero.opened", run.start, run.bytes);
+    KSMU_PROBE2(zero, run.start, got);
+    i += got;
+    if (got == n) continue;
+    bool healed = false;
+    const Address page = start + i * page_;
+    reason = WhyNotTaken(page, take_error, {page, (pages - i) * page_}, &healed);
+    if (reason != Reason::kNone) Leave(page, reason);
+    if (healed && now_ && ++heals < 3) continue;
+    ++i;
+  }
+  if (dropped) fruitful_ = true;
+  return dropped;
+}
+
+}  // namespace ksmu::engine

@@ -1,0 +1,412 @@
+#include "engine/runtime.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <climits>
+#include <new>
+
+#include "os/thread.h"
+
+namespace ksmu::engine {
+namespace {
+constexpr std::int64_t kMillisecond = 1'000'000;
+constexpr std::int64_t kFirstPassSleep = 100 * kMillisecond;  // the interval in which a page has to be still
+constexpr std::int64_t kLongestPassSleep = 2000 * kMillisecond;
+constexpr std::int64_t kLongestPaceSleep = 200 * kMillisecond;
+constexpr int kScannerNice = 5;
+constexpr int kEventWaitMs = 1000;
+}  // namespace
+
+int Runtime::Start(const Settings& settings, const RuntimeOptions& options, Runtime** out, os::ErrorText* error) {
+  void* memory = base::MapOwnPages(sizeof(Runtime));
+  if (!memory) {
+    error->Set("no memory for the library's own data");
+    return -ENOMEM;
+  }
+  auto* runtime = new (memory) Runtime(settings, options);
+  int result = os::StartThread(&runtime->scanner_, &Runtime::ScannerMain, runtime);
+  if (result) {
+    error->Set("no thread could be started: RLIMIT_NPROC, the cgroup's pids.max or memory is exhausted");
+  } else {
+    while (runtime->started_.load(std::memory_order_acquire) == 0) os::FutexWait(&runtime->started_, 0, -1);
+    if (runtime->started_.load(std::memory_order_acquire) == 1) {
+      *out = runtime;
+      return 0;
+    }
+    result = runtime->start_error_;
+    *error = runtime->start_text_;
+    os::JoinThread(runtime->scanner_);
+  }
+  runtime->~Runtime();
+  base::UnmapOwnPages(memory, sizeof(Runtime));
+  return result;
+}
+
+void Runtime::Join(Runtime* runtime) {
+  os::JoinThread(runtime->scanner_);
+  // Callers that have just been told so may still be looking at their slots.
+  for (Slot& slot : runtime->slots_) {
+    while (slot.state.load(std::memory_order_acquire) != kFree) os::FutexWait(&slot.state, slot.state.load(), kMillisecond);
+  }
+  runtime->~Runtime();
+  base::UnmapOwnPages(runtime, sizeof(Runtime));
+}
+
+int Runtime::OpenEngine(os::ErrorText* error) {
+  if (int result = os::UnshareDescriptors()) {
+    error->Set("close_range(2) with CLOSE_RANGE_UNSHARE is refused: a seccomp filter, or a kernel before 5.9");
+    return result;
+  }
+  os::NameThisThread("ksmu-scan");
+  if (os::PinThisThread(options_.cpus[0] ? options_.cpus : nullptr) != 0 && options_.cpus[0]) {
+    error->Set("the list of CPUs is malformed, or names none that this process may use");
+    return -EINVAL;
+  }
+  os::LinuxOptions options;
+  options.user_mode_only = options_.user_mode_only;
+  if (int result = os::LinuxSystem::Open(options, &system_, error)) return result;
+  system_->RegisterOwnThread(os::CurrentThread());
+  void* memory = base::MapOwnPages(sizeof(Engine));
+  if (!memory) {
+    error->Set("no memory for the library's own data");
+    return -ENOMEM;
+  }
+  engine_ = new (memory) Engine(*system_, settings_, os::Entropy());
+  int result = engine_->Start();
+  if (result) error->Set("no memory for the library's own data");
+  if (!result && (result = os::StartThread(&event_, &Runtime::EventMain, this))) {
+    error->Set("no thread could be started: RLIMIT_NPROC, the cgroup's pids.max or memory is exhausted");
+  }
+  return result;
+}
+
+void Runtime::CloseEngine() {
+  if (engine_) {
+    engine_->~Engine();
+    base::UnmapOwnPages(engine_, sizeof(Engine));
+    engine_ = nullptr;
+  }
+  if (system_) os::LinuxSystem::Close(system_);
+  system_ = nullptr;
+}
+
+void* Runtime::ScannerMain(void* self) {
+  auto& runtime = *static_cast<Runtime*>(self);
+  runtime.start_error_ = runtime.OpenEngine(&runtime.start_text_);
+  if (runtime.start_error_) runtime.CloseEngine();
+  runtime.started_.store(runtime.start_error_ ? 2 : 1, std::memory_order_release);
+  os::FutexWake(&runtime.started_, INT_MAX);
+  if (runtime.start_error_) return nullptr;
+  os::SetThisThreadNice(kScannerNice);
+  runtime.ScannerLoop();
+  return nullptr;
+}
+
+void* Runtime::EventMain(void* self) {
+  auto& runtime = *static_cast<Runtime*>(self);
+  os::NameThisThread("ksmu-event");
+  runtime.system_->RegisterOwnThread(os::CurrentThread());
+  std::array<os::Context, ChildList::kMaxChildren + 2> contexts;
+  while (!runtime.end_events_.load(std::memory_order_acquire)) {
+    const std::size_t n = runtime.engine_->EventContexts(contexts.data(), contexts.size());
+    runtime.system_->WaitEvents(contexts.data(), n, kEventWaitMs);
+    runtime.engine_->HandleEvents();
+  }
+  return nullptr;
+}
+
+void Runtime::Nudge() {
+  bell_.fetch_add(1, std::memory_order_release);
+  os::FutexWake(&bell_, 1);
+}
+
+void Runtime::Sleep(std::int64_t ns) {
+  const std::uint32_t seen = bell_.load(std::memory_order_acquire);
+  // What came before this reading of the bell must be seen by the caller's loop, what comes after ends the wait.
+  for (const Slot& slot : slots_) {
+    if (slot.state.load(std::memory_order_acquire) == kPosted) return;
+  }
+  if (pause_.load(std::memory_order_acquire)) return;
+  os::FutexWait(&bell_, seen, ns);
+}
+
+void Runtime::Execute(Command* command) {
+  Slot* slot = nullptr;
+  while (!slot) {
+    const std::uint32_t seen = free_slots_.load(std::memory_order_acquire);
+    if (stopping_.load(std::memory_order_acquire)) {
+      command->result = -EAGAIN;
+      return;
+    }
+    for (Slot& candidate : slots_) {
+      std::uint32_t expected = kFree;
+      if (candidate.state.compare_exchange_strong(expected, kClaimed, std::memory_order_seq_cst)) {
+        slot = &candidate;
+        break;
+      }
+    }
+    if (!slot) os::FutexWait(&free_slots_, seen, 10 * kMillisecond);
+  }
+  // Either this sees that the engine is ending, or the ending engine sees the claim and answers it.
+  if (stopping_.load(std::memory_order_seq_cst)) {
+    slot->state.store(kFree, std::memory_order_release);
+    command->result = -EAGAIN;
+    return;
+  }
+  slot->command = *command;
+  slot->cancelled.store(false, std::memory_order_relaxed);
+  slot->ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed);
+  slot->state.store(kPosted, std::memory_order_release);
+  Nudge();
+  for (;;) {
+    const std::uint32_t state = slot->state.load(std::memory_order_acquire);
+    if (state == kDone) break;
+    const int woken = os::FutexWait(&slot->state, state, -1);
+    if (woken == -EINTR && command->kind == Command::kMerge) slot->cancelled.store(true, std::memory_order_release);
+  }
+  *command = slot->command;
+  slot->state.store(kFree, std::memory_order_release);
+  free_slots_.fetch_add(1, std::memory_order_release);
+  os::FutexWake(&free_slots_, 1);
+}
+
+void Runtime::Answer(Slot* slot) {
+  slot->state.store(kDone, std::memory_order_release);
+  os::FutexWake(&slot->state, INT_MAX);
+}
+
+// Carries out what is posted, oldest first. False: the engine has ended.
+bool Runtime::RunCommands() {
+  for (;;) {
+    if (pause_.load(std::memory_order_acquire)) Park();
+    Slot* oldest = nullptr;
+    for (Slot& slot : slots_) {
+      if (slot.state.load(std::memory_order_acquire) == kPosted && (!oldest || slot.ticket < oldest->ticket)) oldest = &slot;
+    }
+    if (!oldest) return true;
+    oldest->state.store(kRunning, std::memory_order_relaxed);
+    Run(&oldest->command, oldest);
+    const bool stopped = oldest->command.kind == Command::kStop && oldest->command.result == 0;
+    if (stopped) {
+      stopping_.store(true, std::memory_order_seq_cst);
+      end_events_.store(true, std::memory_order_release);
+      system_->Notify();
+      os::JoinThread(event_);
+      CloseEngine();
+    }
+    Answer(oldest);
+    if (!stopped) continue;
+    // A fork that is waiting for the scanner to rest has nothing to wait for any more.
+    parked_.store(1, std::memory_order_release);
+    os::FutexWake(&parked_, INT_MAX);
+    // Whoever posted in the meantime, or is about to: they are told so until nobody is left who has not seen stopping_.
+    free_slots_.fetch_add(1, std::memory_order_release);
+    os::FutexWake(&free_slots_, INT_MAX);
+    for (bool again = true; again;) {
+      again = false;
+      for (Slot& slot : slots_) {
+        const std::uint32_t state = slot.state.load(std::memory_order_seq_cst);
+        if (state == kPosted) {
+          slot.command.result = -EAGAIN;
+          Answer(&slot);
+        } else if (state == kClaimed) {
+          again = true;
+        }
+      }
+      if (again) os::FutexWait(&bell_, bell_.load(std::memory_order_acquire), kMillisecond);
+    }
+    return false;
+  }
+}
+
+void Runtime::Run(Command* command, Slot* slot) {
+  Engine& engine = *engine_;
+  const std::size_t page = engine.page_size();
+  switch (command->kind) {
+    case Command::kAdvise:
+      command->result = engine.Advise(command->span, command->promise, command->sync_break, command->owned);
+      pass_sleep_ns_ = 0;
+      break;
+    case Command::kUnmerge:
+      command->result = engine.Unmerge(command->span);
+      break;
+    case Command::kRelease:
+      command->result = engine.Release(command->span);
+      break;
+    case Command::kDiscard:
+      command->result = engine.Discard(command->span);
+      break;
+    case Command::kUnmap:
+      command->result = engine.Unmap(command->span);
+      break;
+    case Command::kMerge: {
+      struct Cookie {
+        Runtime* runtime;
+        Slot* slot;
+      } cookie{this, slot};
+      command->result = engine.Merge(
+          command->span,
+          [](void* c) {
+            auto* cookie = static_cast<Cookie*>(c);
+            if (cookie->runtime->pause_.load(std::memory_order_acquire)) cookie->runtime->Park();
+            return cookie->slot->cancelled.load(std::memory_order_acquire);
+          },
+          &cookie);
+      break;
+    }
+    case Command::kUnmergeAll:
+      command->result = engine.UnmergeAll(false);
+      break;
+    case Command::kStop:
+      command->result = engine.UnmergeAll(true);
+      break;
+    case Command::kStats: {
+      auto& g = command->gauges;
+      g.counters = engine.counters().Read();
+      g.shared = engine.pages_shared();
+      g.frames_in_use = engine.frames_in_use();
+      g.frames_live = engine.frames_live();
+      g.metadata = engine.metadata_bytes();
+      g.maps = engine.maps_used();
+      g.regions = g.region_bytes = 0;
+      for (std::size_t i = 0; i < engine.regions().size(); ++i) {
+        if (engine.regions()[i].kind != Region::kMergeable) continue;
+        ++g.regions;
+        g.region_bytes += engine.regions()[i].span().bytes;
+      }
+      command->result = 0;
+      break;
+    }
+    case Command::kRegion: {
+      command->result = -ENOENT;
+      for (const Region* region = engine.regions().Next(command->span.start); region;
+           region = engine.regions().Next(region->end)) {
+        if (region->kind != Region::kMergeable) continue;
+        command->region = *region;
+        command->counts = engine.CountRegion(region->span());
+        command->result = 0;
+        break;
+      }
+      break;
+    }
+    case Command::kExplain: {
+      const Address a = command->span.start & ~(page - 1);
+      const Region* region = engine.regions().Find(a);
+      command->in_region = region && region->kind == Region::kMergeable;
+      command->page = engine.Explain(a);
+      command->sharers = engine.SharersOf(command->page);
+      command->heat = engine.HeatOf(a);
+      os::ScanRequest request;
+      request.any_of = os::kPresent;
+      request.returned = os::kHuge;
+      os::PageRun run;
+      const os::ScanResult scan = system_->Scan({a, page}, request, &run, 1);
+      // Sweeps come once a pass; a hot segment's only every 2^heat passes.
+      command->next_look_ms = (pass_sleep_ns_ / kMillisecond + 1) << command->heat;
+      command->huge = !scan.error && scan.runs == 1 && (run.categories & os::kHuge);
+      command->result = 0;
+      break;
+    }
+  }
+}
+
+void Runtime::Park() {
+  parked_.store(1, std::memory_order_release);
+  os::FutexWake(&parked_, INT_MAX);
+  for (;;) {
+    const std::uint32_t paused = pause_.load(std::memory_order_acquire);
+    if (paused == 0) break;
+    os::FutexWait(&pause_, paused, -1);
+  }
+  parked_.store(0, std::memory_order_release);
+}
+
+void Runtime::Pause(Inheritance* inheritance) {
+  pause_.fetch_add(1, std::memory_order_acq_rel);
+  Nudge();
+  while (parked_.load(std::memory_order_acquire) == 0) os::FutexWait(&parked_, 0, 100 * kMillisecond);
+  inheritance->region_count = inheritance->file_count = 0;
+  if (!engine_) return;  // it has just ended
+  const RegionList& regions = engine_->regions();
+  for (std::size_t i = 0; i < regions.size() && inheritance->region_count < Inheritance::kMaxRegions; ++i) {
+    const Region& r = regions[i];
+    if (r.kind != Region::kMergeable) continue;
+    inheritance->regions[inheritance->region_count++] = {r.start, r.end, r.promise, r.sync_break, r.owned};
+  }
+  inheritance->file_count = engine_->PoolFiles(inheritance->files.data(), Inheritance::kMaxFiles);
+}
+
+void Runtime::Resume() {
+  pause_.fetch_sub(1, std::memory_order_acq_rel);
+  os::FutexWake(&pause_, INT_MAX);
+}
+
+void Runtime::Inherit(const Inheritance& inheritance) {
+  engine_->SetInherited(inheritance.files.data(), inheritance.file_count);
+  for (std::size_t i = 0; i < inheritance.region_count; ++i) {
+    const Inheritance::Entry& entry = inheritance.regions[i];
+    Command command;
+    command.kind = Command::kAdvise;
+    command.span = {entry.start, entry.end - entry.start};
+    command.promise = entry.promise;
+    command.sync_break = entry.sync_break;
+    command.owned = entry.owned;
+    Execute(&command);
+  }
+}
+
+void Runtime::ScannerLoop() {
+  while (RunCommands()) {
+    if (pause_.load(std::memory_order_acquire)) {
+      Park();
+      continue;
+    }
+    if (settings_.run.load(std::memory_order_relaxed) == 1 && engine_->HasRegions()) {
+      Scan();
+      continue;
+    }
+    const bool again = engine_->Housekeeping();
+    Sleep(again ? kMillisecond : engine_->HasRegions() ? kLongestPassSleep : -1);
+  }
+}
+
+// One step, and the sleep that pacing asks for after it.
+void Runtime::Scan() {
+  const std::uint64_t now = system_->NowNanoseconds(), cpu = system_->ThreadCpuNanoseconds();
+  const auto limit = settings_.cpu_limit_percent.load(std::memory_order_relaxed);
+  if (now - window_start_ > 1'000'000'000 || window_start_ == 0) {
+    window_start_ = now;
+    window_cpu_ = cpu;
+  }
+  const Engine::StepResult step = engine_->Step();
+  batch_pages_ += step.pages_read;
+  const auto pages_to_scan = settings_.pages_to_scan.load(std::memory_order_relaxed);
+  const auto sleep_millisecs = settings_.sleep_millisecs.load(std::memory_order_relaxed);
+  std::int64_t sleep = 0;
+  if (limit > 0 && limit < 100) {
+    // Run ahead of the budget, then sleep until it has caught up.
+    const auto used = static_cast<std::int64_t>(system_->ThreadCpuNanoseconds() - window_cpu_);
+    const auto elapsed = static_cast<std::int64_t>(system_->NowNanoseconds() - window_start_);
+    const std::int64_t ahead = used * 100 / limit - elapsed;
+    if (ahead > kMillisecond) sleep = std::min(ahead, kLongestPaceSleep);
+  }
+  if (pages_to_scan > 0 && batch_pages_ >= static_cast<std::size_t>(pages_to_scan)) {
+    batch_pages_ = 0;
+    sleep = std::max(sleep, sleep_millisecs * kMillisecond);
+  }
+  if (step.pass_ended) {
+    // The length of a pass is the interval in which a page has to be still: not shorter than a tenth of a second, unless
+    // somebody wants it flat out. A pass that finds nothing doubles it.
+    if (sleep_millisecs == 0) {
+      pass_sleep_ns_ = step.fruitful ? 0 : std::min(pass_sleep_ns_ + kMillisecond, 20 * kMillisecond);
+    } else if (step.fruitful || pass_sleep_ns_ == 0) {
+      pass_sleep_ns_ = std::max(kFirstPassSleep, sleep_millisecs * kMillisecond);
+    } else {
+      pass_sleep_ns_ = std::min(pass_sleep_ns_ * 2, kLongestPassSleep);
+    }
+    sleep = std::max(sleep, pass_sleep_ns_);
+  }
+  if (sleep > 0) Sleep(sleep);
+}
+
+}  // namespace ksmu::engine

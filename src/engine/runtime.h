@@ -1,0 +1,131 @@
+// The engine's two threads, the program's commands, and pacing.
+//
+//   ksmu-scan    opens the system in a descriptor table of its own, carries out commands, scans in between
+//   ksmu-event   waits for the breakers' messages and hands them to the engine
+//
+// A command lies in a slot of the library's own memory while its caller waits on a futex: nothing of it is on the
+// caller's stack, which may lie in merged memory.
+#pragma once
+
+#include <pthread.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+
+#include "engine/engine.h"
+#include "os/linux_system.h"
+
+namespace ksmu::engine {
+
+// Tunables of pacing besides the engine's own.
+struct Settings : Tunables {
+  std::atomic<std::int64_t> run{1};
+  std::atomic<std::int64_t> pages_to_scan{0};
+  std::atomic<std::int64_t> sleep_millisecs{20};
+  std::atomic<std::int64_t> cpu_limit_percent{10};
+};
+
+struct RuntimeOptions {
+  bool user_mode_only = false;
+  char cpus[128] = {};  // "": all
+  void (*log)(int level, const char* message, void* cookie) = nullptr;
+  void* log_cookie = nullptr;
+};
+
+// What a forked child needs to know of its parent's engine; kept where a child finds it.
+struct Inheritance {
+  static constexpr std::size_t kMaxRegions = 4096, kMaxFiles = 256;
+  struct Entry {
+    Address start, end;
+    bool promise, sync_break, owned;
+  };
+  std::size_t region_count = 0, file_count = 0;
+  std::array<Entry, kMaxRegions> regions;
+  std::array<os::File, kMaxFiles> files;
+};
+
+struct Command {
+  enum Kind : std::uint8_t { kAdvise, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kStats, kRegion, kExplain, kStop };
+  Kind kind = kStats;
+  Span span;
+  bool promise = false, sync_break = false, owned = false;
+  std::int64_t result = 0;  // 0 or a count, or -errno
+  // Results of the reading commands.
+  Region region;
+  RegionCounts counts;
+  Page page;
+  bool in_region = false, huge = false;
+  std::uint32_t sharers = 0, heat = 0;
+  std::int64_t next_look_ms = -1;
+  struct Gauges {
+    std::size_t shared = 0, frames_in_use = 0, frames_live = 0, metadata = 0, maps = 0, regions = 0, region_bytes = 0;
+    CounterValues counters;
+  } gauges;
+};
+
+class Runtime {
+ public:
+  // Starts the threads. 0, or -errno with a sentence in *error.
+  static int Start(const Settings& settings, const RuntimeOptions& options, Runtime** out, os::ErrorText* error);
+  // To be called once, after a kStop command has succeeded: ends the threads.
+  static void Join(Runtime* runtime);
+
+  // Carries out the command on the scanner. False: the runtime is ending (-EAGAIN).
+  // An interrupted kMerge answers -EINTR; other commands go on whatever signals come.
+  void Execute(Command* command);
+
+  // fork: the scanner comes to rest between two steps, with no merge in hand, until Resume. The event thread goes on.
+  void Pause(Inheritance* inheritance);
+  void Resume();
+  // Something that the scanner should look at has changed (a tunable).
+  void Nudge();
+  // In a child: what it has inherited. Before anything else.
+  void Inherit(const Inheritance& inheritance);
+
+ private:
+  static constexpr std::size_t kSlots = 64;
+  enum SlotState : std::uint32_t { kFree, kClaimed, kPosted, kRunning, kDone };
+  struct Slot {
+    std::atomic<std::uint32_t> state{kFree};
+    std::atomic<bool> cancelled{false};
+    std::uint64_t ticket = 0;
+    Command command;
+  };
+
+  Runtime(const Settings& settings, const RuntimeOptions& options) : settings_(settings), options_(options) {}
+  static void* ScannerMain(void* self);
+  static void* EventMain(void* self);
+  int OpenEngine(os::ErrorText* error);
+  void CloseEngine();
+  void ScannerLoop();
+  bool RunCommands();
+  void Run(Command* command, Slot* slot);
+  void Park();
+  void Sleep(std::int64_t ns);
+  void Scan();
+  void Answer(Slot* slot);
+
+  const Settings& settings_;
+  RuntimeOptions options_;
+  os::LinuxSystem* system_ = nullptr;
+  Engine* engine_ = nullptr;
+  pthread_t scanner_{}, event_{};
+  std::array<Slot, kSlots> slots_;
+  std::atomic<std::uint64_t> next_ticket_{0};
+  std::atomic<std::uint32_t> bell_{0};        // the scanner sleeps on it
+  std::atomic<std::uint32_t> free_slots_{0};  // changes when a slot becomes free
+  std::atomic<std::uint32_t> started_{0};     // 0 not yet, 1 yes, 2 failed
+  int start_error_ = 0;
+  os::ErrorText start_text_;
+  std::atomic<bool> stopping_{false};
+  std::atomic<std::uint32_t> pause_{0}, parked_{0};
+  std::atomic<bool> end_events_{false};
+
+  // Pacing.
+  std::int64_t pass_sleep_ns_ = 0;
+  std::size_t batch_pages_ = 0;
+  std::uint64_t window_start_ = 0, window_cpu_ = 0;
+};
+
+}  // namespace ksmu::engine

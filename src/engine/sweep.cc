@@ -1,0 +1,388 @@
+// Sweeping: which pages are there, which were written since the last sweep, which have been still for one interval.
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+
+#include "engine/engine.h"
+
+namespace ksmu::engine {
+namespace {
+constexpr std::size_t kChunkBytes = std::size_t{64} << 20;  // one PAGEMAP_SCAN holds mmap_lock for reading all along
+constexpr std::size_t kRuns = 1024;
+constexpr std::uint32_t kAuditEvery = 64;                   // passes
+constexpr std::uint8_t kMaxBackoff = 6;
+
+void MarkBits(std::array<std::uint64_t, kMaxSegmentPages / 64>& bits, std::size_t low, std::size_t high) {
+  for (std::size_t i = low; i < high; ++i) bits[i / 64] |= std::uint64_t{1} << i % 64;
+}
+bool Bit(const std::array<std::uint64_t, kMaxSegmentPages / 64>& bits, std::size_t i) {
+  return bits[i / 64] >> i % 64 & 1;
+}
+}  // namespace
+
+Engine::Engine(os::System& system, const Tunables& tunables, std::uint64_t seed)
+    : system_(system), tunables_(tunables), seed_(seed), page_(system.PageSize()), table_(page_), forks_(system),
+      pool_(system, forks_), gate_(system, counters_), chunk_(kChunkBytes) {}
+
+Engine::~Engine() {
+  if (buffer_) base::UnmapOwnPages(buffer_, kSegmentBytes + 2 * page_);
+  if (runs_) base::UnmapOwnPages(runs_, kRuns * sizeof(os::PageRun));
+  if (plan_) base::UnmapOwnPages(plan_, 2 * kMaxSegmentPages * sizeof(Planned));
+  if (zeros_) base::UnmapOwnPages(zeros_, 2 * kMaxSegmentPages * sizeof(Address));
+  if (moves_) base::UnmapOwnPages(moves_, sizeof(*moves_));
+}
+
+int Engine::Start() {
+  buffer_ = static_cast<std::byte*>(base::MapOwnPages(kSegmentBytes + 2 * page_));
+  runs_ = static_cast<os::PageRun*>(base::MapOwnPages(kRuns * sizeof(os::PageRun)));
+  plan_ = static_cast<Planned*>(base::MapOwnPages(2 * kMaxSegmentPages * sizeof(Planned)));
+  zeros_ = static_cast<Address*>(base::MapOwnPages(2 * kMaxSegmentPages * sizeof(Address)));
+  moves_ = static_cast<std::array<Moved, kMaxMoves>*>(base::MapOwnPages(sizeof(*moves_)));
+  if (!buffer_ || !runs_ || !plan_ || !zeros_ || !moves_) return -ENOMEM;
+  scratch_ = buffer_ + kSegmentBytes;
+  event_scratch_ = scratch_ + page_;
+  twins_ = plan_ + kMaxSegmentPages;
+  if (int error = forks_.Start()) return error;
+  index_.SetHashOf(&Engine::HashOfEntry, this);
+  return gate_.Start();
+}
+
+Engine::StepResult Engine::Step() {
+  StepResult result;
+  Housekeeping();
+  now_ = false;
+  const Region* found = regions_.Next(cursor_);
+  if (!found) {
+    result.pass_ended = true;
+    result.fruitful = fruitful_;
+    fruitful_ = false;
+    cursor_ = 0;
+    ++pass_;
+    Add(counters_.full_scans, 1);
+    mappings_at_pass_ = 0;
+    return result;
+  }
+  const Region region = *found;  // by value: the list may change under the merge of a moved range
+  if (region.kind != Region::kMergeable) {
+    Audit(region);
+    cursor_ = region.end;
+    return result;
+  }
+  if (cursor_ <= region.start && pass_ % kAuditEvery == 0) {
+    Audit(region);
+    if (regions_.Find(region.start) == nullptr) return result;
+  }
+  const Address from = std::max(cursor_, region.start);
+  const Address to = chunk_ < region.end - from ? from + chunk_ : region.end;
+  Address swept_to = to;
+  result.pages_read = Sweep(region, from, to, false, &swept_to);
+  if (result.pages_read) fruitful_ = true;
+  cursor_ = swept_to;
+  return result;
+}
+
+bool Engine::Housekeeping() {
+  const bool moved = ApplyMoves();
+  const bool repaired = gate_.Repair();
+  if (pool_.ReclaimDue()) pool_.Reclaim(&Engine::ForgetFrame, this);
+  return !moved || !repaired;
+}
+
+// One scan of [from, to), and what follows from it. With `now`, pages need not have been still. Returns pages read.
+std::size_t Engine::Sweep(const Region& region, Address from, Address to, bool now, Address* swept_to) {
+  now_ = now;
+  *swept_to = to;
+  if (!now) {
+    // Segments that keep being written are not armed for a while, so that the program does not pay for being watched.
+    Segment* segment = table_.NextSegment(from);
+    while (segment && segment->start < to && segment->wait == 0) {
+      segment = table_.NextSegment(segment->start + kSegmentBytes);
+    }
+    if (segment && segment->start < to) {
+      const Address end = std::min(to, segment->start + kSegmentBytes);
+      if (segment->start <= from) {
+        --segment->wait;
+        Add(counters_.pages_skipped, static_cast<std::int64_t>((end - from) / page_));
+        *swept_to = end;
+        return 0;
+      }
+      to = *swept_to = segment->start;
+    }
+  }
+  os::ScanRequest request;
+  request.required = os::kPresent | os::kFile;
+  request.inverted = os::kFile;  // frames are file pages: only private pages are reported, broken ones among them
+  request.returned = os::kPresent | os::kWritten | os::kPfnZero;
+  request.write_protect = true;
+  const os::ScanResult scan = system_.Scan({from, to - from}, request, runs_, kRuns);
+  if (scan.error) return 0;
+  const Address walked = std::min(scan.walked_to, to);
+  *swept_to = walked;
+  // Sparse ranges are crossed in growing strides.
+  Segment* next = table_.NextSegment(from);
+  const bool nothing = scan.runs == 0 && (!next || next->start >= walked);
+  chunk_ = nothing ? std::min(chunk_ * 2, std::size_t{1} << 46) : kChunkBytes;
+  if (region.sync_break) ConfirmBreaks({from, walked - from});
+
+  std::size_t read = 0;
+  std::size_t r = 0;
+  Address at = from;
+  while (at < walked) {
+    const Address next_run = r < scan.runs ? std::max(runs_[r].start, at) : walked;
+    Segment* segment = table_.NextSegment(at);
+    const Address next_segment = segment ? std::max(segment->start, at) : walked;
+    at = std::min(next_run, next_segment);
+    if (at >= walked) break;
+    const Address start = at & ~(kSegmentBytes - 1);
+    const Address end = std::min(start + kSegmentBytes, walked);
+    Bitmaps bits;
+    for (; r < scan.runs && runs_[r].start < end; ++r) {
+      const std::size_t low = (std::max(runs_[r].start, at) - start) / page_;
+      const std::size_t high = (std::min(runs_[r].end, end) - start) / page_;
+      MarkBits(bits.present, low, high);
+      if (runs_[r].categories & os::kWritten) MarkBits(bits.written, low, high);
+      if (runs_[r].categories & os::kPfnZero) MarkBits(bits.zero, low, high);
+      Add(counters_.pages_swept, static_cast<std::int64_t>(high - low));
+      if (runs_[r].end > end) break;
+    }
+    read += SweepPart(region, start, (at - start) / page_, (end - start) / page_, bits, now);
+    at = end;
+  }
+  return read;
+}
+
+bool Engine::Later(Page page) const {
+  if (!tunables_.smart_scan.load(std::memory_order_relaxed)) return false;
+  if (page.reason() == Reason::kHot) return false;  // its segment has waited already
+  const std::uint32_t waited = (pass_ - page.stamp()) & Page::kStampMask;
+  return waited < (1u << std::min<std::uint32_t>(page.tries(), 6));
+}
+
+std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t low, std::size_t high,
+                              const Bitmaps& bits, bool now) {
+  Segment* segment = table_.FindSegment(start);
+  const bool whole = low == 0 && high == table_.pages_per_segment();
+  std::size_t present = 0;
+  bool written = false;
+  for (std::size_t i = 0; i < bits.present.size(); ++i) {
+    present += static_cast<std::size_t>(std::popcount(bits.present[i] & ~bits.zero[i]));
+    written |= (bits.written[i] & ~bits.zero[i]) != 0;
+  }
+  if (whole && !now && segment && !written && segment->unsettled == 0 && segment->expected_present == present) {
+    return 0;
+  }
+  std::array<Address, kMaxSegmentPages> to_hash;
+  std::size_t hash_count = 0, rewritten = 0, broken = 0;
+  for (std::size_t i = low; i < high; ++i) {
+    const Address a = start + i * page_;
+    const bool zero = Bit(bits.zero, i);
+    const bool there = Bit(bits.present, i) && !zero;
+    const bool dirty = there && Bit(bits.written, i);
+    Words* word = segment ? table_.Word(segment, i) : nullptr;
+    if (!word) {
+      if (!there) {
+        // Nothing is known of the rest of the block either: on to the first page of it that is there, if any.
+        const std::uint64_t rest = (bits.present[i / 64] & ~bits.zero[i / 64]) >> i % 64;
+        i += rest ? static_cast<std::size_t>(std::countr_zero(rest)) - 1 : 63 - i % 64;
+        continue;
+      }
+      word = table_.Make(a);
+      if (!word) continue;  // no memory: not tracked
+      segment = table_.FindSegment(start);
+    }
+    Page page(word->load(std::memory_order_acquire));
+    if (page.busy()) continue;
+    const Page fresh = page.WithState(PageState::kFresh).WithReason(Reason::kNone).WithIndexed(false).WithStamp(pass_);
+    switch (page.state()) {
+      case PageState::kAbsent:
+      case PageState::kCount:
+        if (there) Change(word, page, Page().WithState(PageState::kFresh).WithStamp(pass_));
+        if (there && now) to_hash[hash_count++] = a;
+        break;
+      case PageState::kFresh:
+        if (!there) {
+          Change(word, page, Page());
+        } else if (now || (!dirty && page.stamp() != (pass_ & Page::kStampMask))) {
+          to_hash[hash_count++] = a;
+        } else if (dirty && page.stamp() != (pass_ & Page::kStampMask)) {
+          ++rewritten;
+          Change(word, page, fresh);
+        }
+        break;
+      case PageState::kStill:
+        if (!there) {
+          Change(word, page, Page());
+        } else if (dirty) {
+          ++rewritten;
+          if (Change(word, page, fresh) && now) to_hash[hash_count++] = a;
+        }
+        break;
+      case PageState::kUnmerged:
+        if (!there) {
+          Change(word, page, Page());
+        } else if (dirty && !now) {
+          ++rewritten;
+          Change(word, page, fresh.WithTries(page.tries()));
+        } else if (now || !Later(page)) {
+          to_hash[hash_count++] = a;
+        }
+        break;
+      case PageState::kZero:
+        if (there && Change(word, page, fresh) && now) to_hash[hash_count++] = a;
+        break;
+      case PageState::kMerged:
+        if (!there) break;
+        // Written, or unshared by a long-term read pin: the kernel has given the writer its own copy.
+        if (Change(word, page, page.WithState(PageState::kBroken).WithStamp(NowSeconds()).WithTries(0))) {
+          pool_.Unshare(page.value());
+          Add(counters_.cow_breaks, 1);
+          ++broken;
+        }
+        break;
+      case PageState::kBroken:
+        ++broken;
+        if (there && page.unconfirmed()) {
+          if (Change(word, page, page.WithUnconfirmed(false))) pool_.Unpin(page.value());
+          page = page.WithUnconfirmed(false);
+        }
+        // tries: sweeps that found it unwritten, as far as that matters.
+        if (dirty) {
+          ++rewritten;
+          Change(word, page, page.WithStamp(NowSeconds()).WithTries(0));
+        } else if (page.tries() == 0) {
+          Change(word, page, page.WithTries(1));
+        }
+        break;
+      case PageState::kDropped:
+        ++broken;
+        if (there) Change(word, page, page.WithState(PageState::kBroken).WithStamp(NowSeconds()).WithTries(0));
+        break;
+      case PageState::kResidue:
+        // Memory that is advised again.
+        ++broken;
+        if (there) {
+          if (page.unconfirmed()) {
+            Change(word, page, page.WithUnconfirmed(false));
+            pool_.Unpin(page.value());
+            page = page.WithUnconfirmed(false);
+          }
+          Change(word, page, page.WithState(PageState::kBroken).WithStamp(NowSeconds()).WithTries(0));
+        }
+        break;
+    }
+  }
+  if (!segment) return 0;
+  const std::size_t read = hash_count ? HashAndMatch(region, to_hash.data(), hash_count) : 0;
+  if (broken && tunables_.remerge.load(std::memory_order_relaxed) && !region.sync_break) {
+    TendBroken(region, start + low * page_, start + high * page_);
+  }
+
+  // What is to be expected of a quiet segment, and whether this one is quiet.
+  std::size_t expected = 0, unsettled = 0;
+  const bool hot = tunables_.smart_scan.load(std::memory_order_relaxed) && !now && rewritten * 4 > present;
+  for (std::size_t i = 0; i < table_.pages_per_segment(); ++i) {
+    Words* word = table_.Word(segment, i);
+    if (!word) {
+      i |= kBlockPages - 1;
+      continue;
+    }
+    Page page(word->load(std::memory_order_acquire));
+    const PageState s = page.state();
+    if (hot && s == PageState::kFresh) {
+      Change(word, page, page.WithState(PageState::kUnmerged).WithReason(Reason::kHot));
+    }
+    expected += s == PageState::kFresh || s == PageState::kStill || s == PageState::kUnmerged || s == PageState::kBroken;
+    unsettled += s == PageState::kFresh || s == PageState::kUnmerged || s == PageState::kBroken ||
+                 s == PageState::kDropped || s == PageState::kResidue;
+  }
+  segment->expected_present = static_cast<std::uint16_t>(expected);
+  segment->unsettled = static_cast<std::uint16_t>(unsettled);
+  if (hot) {
+    segment->backoff = std::min<std::uint8_t>(segment->backoff + 1, kMaxBackoff);
+    segment->wait = static_cast<std::uint8_t>((1u << segment->backoff) - 1);
+  } else if (!now) {
+    segment->backoff = 0;
+  }
+  return read;
+}
+
+// Under a synchronous breaker the arming scan passes merged runs over: look at them separately.
+void Engine::ConfirmBreaks(Span span) {
+  os::ScanRequest request;
+  request.required = os::kPresent | os::kFile;
+  request.inverted = os::kFile;
+  request.returned = os::kPresent | os::kPfnZero;
+  os::PageRun runs[64];
+  for (Address at = span.start; at < span.end();) {
+    const os::ScanResult scan = system_.Scan({at, span.end() - at}, request, runs, 64);
+    if (scan.error) return;
+    for (std::size_t r = 0; r < scan.runs; ++r) {
+      if (runs[r].categories & os::kPfnZero) continue;
+      for (Address a = runs[r].start; a < runs[r].end; a += page_) {
+        Words* word = table_.Find(a);
+        if (!word) continue;
+        Page page(word->load(std::memory_order_acquire));
+        if (page.busy() || !page.covers()) continue;
+        if (page.state() == PageState::kMerged) {
+          if (Change(word, page, page.WithState(PageState::kBroken).WithStamp(NowSeconds()).WithTries(0))) {
+            pool_.Unshare(page.value());
+            Add(counters_.cow_breaks, 1);
+          }
+        } else if (page.unconfirmed() && page.state() == PageState::kBroken) {
+          if (Change(word, page, page.WithUnconfirmed(false))) pool_.Unpin(page.value());
+        } else if (page.state() == PageState::kDropped) {
+          Change(word, page, page.WithState(PageState::kBroken).WithStamp(NowSeconds()).WithTries(0));
+        }
+      }
+    }
+    if (scan.walked_to <= at) return;
+    at = scan.walked_to;
+  }
+}
+
+// Compares what is known of a region with the mappings that are there, and forgets what is gone: the second half of a
+// release, and all that can be done about memory that was unmapped without a word.
+void Engine::Audit(const Region& region) {
+  Address at = region.start;
+  bool covers = false;
+  while (at < region.end) {
+    os::Mapping mapping;
+    const bool found = system_.QueryMapping(at, &mapping) == 0;
+    const Address start = found ? std::max(mapping.start, at) : region.end;
+    if (start > at) {
+      const Span hole{at, std::min(start, region.end) - at};
+      ForgetRange(hole);
+      regions_.Erase(hole);
+    }
+    if (!found || start >= region.end) break;
+    const Address end = std::min(mapping.end, region.end);
+    const bool ours = pool_.IsPoolMapping(mapping);
+    if (!ours && !(mapping.anonymous && !mapping.shared)) {
+      ForgetRange({start, end - start});
+      regions_.Erase({start, end - start});
+    } else {
+      Address next = start;
+      while (Segment* segment = table_.NextSegment(next)) {
+        if (segment->start >= end) break;
+        const Address low = std::max(next, segment->start), high = std::min(end, segment->start + kSegmentBytes);
+        for (Address a = low; a < high; a += page_) {
+          Words* word = table_.Word(segment, (a - segment->start) / page_);
+          if (!word) continue;
+          const Page page(word->load(std::memory_order_acquire));
+          if (!page.covers()) continue;
+          if (ours && pool_.Shows(mapping, a, page.value())) covers = true;
+          else ForgetPage(a, word);
+        }
+        next = segment->start + kSegmentBytes;
+      }
+    }
+    at = end;
+  }
+  if (region.kind != Region::kMergeable && !covers) {
+    ForgetRange(region.span());
+    regions_.Erase(region.span());
+  }
+}
+
+}  // namespace ksmu::engine

@@ -1,0 +1,48 @@
+#include "frames/index.h"
+
+namespace ksmu::frames {
+
+Index::~Index() { Clear(); }
+
+void Index::Clear() {
+  if (slots_) base::UnmapOwnPages(slots_, (mask_ + 1) * sizeof(std::uint64_t));
+  slots_ = nullptr;
+  mask_ = live_ = filled_ = 0;
+}
+
+void Index::Put(std::uint32_t hash, std::uint64_t slot) {
+  std::size_t i = Home(hash);
+  while (slots_[i] != kEmpty && slots_[i] != kTombstone) i = (i + 1) & mask_;
+  if (slots_[i] == kEmpty) ++filled_;
+  slots_[i] = slot;
+  ++live_;
+}
+
+bool Index::Grow() {
+  std::size_t capacity = slots_ ? mask_ + 1 : 0;
+  std::size_t wanted = 4096;
+  while (wanted * 3 < live_ * 5) wanted *= 2;  // at most 60 % full afterwards, most entries taken for alive
+  auto* grown = static_cast<std::uint64_t*>(base::MapOwnPages(wanted * sizeof(std::uint64_t)));
+  if (!grown) return false;
+  std::uint64_t* old = slots_;
+  slots_ = grown;
+  mask_ = wanted - 1;
+  live_ = filled_ = 0;
+  for (std::size_t i = 0; i < capacity; ++i) {
+    std::uint32_t hash;
+    if (old[i] != kEmpty && old[i] != kTombstone && hash_of_(cookie_, Decode(old[i]), &hash)) Put(hash, old[i]);
+  }
+  if (old) base::UnmapOwnPages(old, capacity * sizeof(std::uint64_t));
+  return true;
+}
+
+bool Index::Insert(std::uint32_t hash, const Entry& entry) {
+  if ((!slots_ || (filled_ + 1) * 4 > (mask_ + 1) * 3) && !Grow()) {
+    if (!slots_ || filled_ + 2 > mask_) return false;  // one empty slot must stay, or lookups would not end
+  }
+  std::uint64_t ref = entry.is_frame ? (entry.frame | kFrameBit) : (entry.page & kRefMask);
+  Put(hash, Tag(hash) << kTagShift | ref);
+  return true;
+}
+
+}  // namespace ksmu::frames

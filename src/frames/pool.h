@@ -1,0 +1,116 @@
+// The frames: pages of a few memfds of moderate size (every mapping of a file sits in one tree under one lock), with
+// their counts. Frames are numbered in the order in which they are asked for, so that pages which are published in
+// address order map to consecutive frames, and a run of them is one mapping.
+//
+// A frame's life: free -> live (written once, then immutable) -> punched (nobody shares it: its memory is given back, but
+// some mapping still covers its place) -> free. Punching and reuse both wait for forked children (fork_watch.h).
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "base/own_memory.h"
+#include "frames/fork_watch.h"
+#include "os/os.h"
+
+namespace ksmu::frames {
+
+using Frame = std::uint32_t;
+inline constexpr Frame kNoFrame = ~Frame{0};
+
+class Pool {
+ public:
+  Pool(os::System& system, ForkWatch& forks);
+  ~Pool();
+  Pool(const Pool&) = delete;
+
+  // A free frame, now live: the one after the last one given out wherever that is free. kNoFrame: the pool is full
+  // (RLIMIT_FSIZE, memory, descriptors). The caller pins it or maps it before the next Reclaim. Scanner only.
+  Frame Allocate();
+
+  const std::byte* Bytes(Frame f) const { return File(f).bytes + Offset(f); }
+  const os::File& OsFile(Frame f) const { return File(f).file; }
+  std::uint64_t Offset(Frame f) const { return static_cast<std::uint64_t>(f & (kFramesPerFile - 1)) * page_size_; }
+  bool SameFile(Frame a, Frame b) const { return a / kFramesPerFile == b / kFramesPerFile; }
+  // True for a mapping that shows the pool's frame `f` at its address: who can tell a stranger's mapping from ours.
+  bool Shows(const os::Mapping& mapping, os::Address at, Frame f) const;
+  std::size_t Files(os::File* files, std::size_t capacity) const;
+  bool IsPoolMapping(const os::Mapping& mapping) const;
+
+  // False: its bytes have been given back. They must not be looked at: that would bring empty pages into the pool.
+  bool Live(Frame f) const { return Meta(f).state == kLive; }
+
+  // Sites that map the frame. Any thread.
+  std::uint32_t pins(Frame f) const { return Meta(f).pins.load(std::memory_order_relaxed); }
+  std::uint32_t sharers(Frame f) const { return Meta(f).sharers.load(std::memory_order_acquire); }
+  void Share(Frame f);
+  void Unshare(Frame f);
+  // Keeps the bytes although nobody shares: a batch in hand, a break whose copy has not been seen, a released mapping.
+  void Pin(Frame f) { Meta(f).pins.fetch_add(1, std::memory_order_relaxed); }
+  void Unpin(Frame f);
+  // Pages in whose mapping the frame lies, whatever they show now. Keeps the place from being reused. Scanner only.
+  void Cover(Frame f) { ++Meta(f).covers; }
+  void Uncover(Frame f);
+
+  std::uint32_t hash(Frame f) const { return Meta(f).hash; }
+  void set_hash(Frame f, std::uint32_t h) { Meta(f).hash = h; }
+  Frame next(Frame f) const { return Meta(f).next; }  // another frame of the same content (KSM: stable_node_dup)
+  void set_next(Frame f, Frame n) { Meta(f).next = n; }
+
+  // Gives back what can be: punches frames without sharers and pins, frees the places that nothing covers.
+  // `forget(cookie, frame)` is called before a live frame is given up: take it out of the index. Returns frames punched.
+  std::size_t Reclaim(void (*forget)(void* cookie, Frame), void* cookie);
+  bool ReclaimDue() const { return idle_.load(std::memory_order_relaxed) != 0; }
+
+  std::size_t live() const { return live_; }                // frames whose bytes exist
+  std::size_t in_use() const { return used_; }              // places that cannot be reused yet
+  std::size_t shared() const { return shared_.load(std::memory_order_relaxed); }  // frames with at least one sharer
+  std::size_t metadata_bytes() const;
+  std::size_t page_size() const { return page_size_; }
+
+ private:
+  enum State : std::uint8_t { kFree, kLive, kPunched, kSetAside };
+  struct FrameMeta {
+    std::atomic<std::uint32_t> sharers;
+    std::atomic<std::uint32_t> pins;
+    std::uint32_t covers;
+    std::uint32_t hash;
+    Frame next;
+    std::uint16_t epoch;
+    State state;
+  };
+  static constexpr std::size_t kFramesPerFile = 65536;  // 256 MiB of 4 KiB frames
+  static constexpr std::size_t kMaxFiles = 4096;
+  static constexpr std::size_t kChunk = 512;
+  struct PoolFile {
+    os::File file;
+    const std::byte* bytes = nullptr;
+    FrameMeta* meta = nullptr;
+    std::size_t frames = 0;  // the file's length in frames: less than kFramesPerFile under a small RLIMIT_FSIZE
+    std::size_t bump = 0;    // frames below have been used before
+    std::array<std::uint16_t, kFramesPerFile / kChunk> free{};  // recycled frames in each chunk
+  };
+
+  PoolFile& File(Frame f) const { return *files_[f / kFramesPerFile]; }
+  FrameMeta& Meta(Frame f) const { return File(f).meta[f & (kFramesPerFile - 1)]; }
+  bool AddFile();
+  bool Recycle();
+  Frame Take(Frame f);
+
+  os::System& system_;
+  ForkWatch& forks_;
+  std::size_t page_size_;
+  std::array<PoolFile*, kMaxFiles> files_{};
+  std::size_t file_count_ = 0;
+  base::OwnSlab<PoolFile> file_slab_;
+  std::size_t recycled_ = 0;   // free places below the bumps
+  std::size_t cursor_ = 0;     // where Recycle goes on, in chunks
+  Frame extent_ = 0, extent_end_ = 0;  // recycled places set aside, to be given out one after the other
+  std::size_t live_ = 0, used_ = 0;
+  std::atomic<std::size_t> shared_{0};
+  std::atomic<std::size_t> idle_{0};  // frames that lost their last sharer, pin or cover since Reclaim last looked
+};
+
+}  // namespace ksmu::frames

@@ -1,0 +1,37 @@
+// What is mapped where: PROCMAP_QUERY where the kernel has it (6.11), else /proc/self/maps; attributes from smaps.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+#include "os/os.h"
+
+namespace ksmu::os {
+
+// One line of /proc/self/maps. False: not such a line. `name` is the last column.
+bool ParseMapsLine(std::string_view line, Mapping* out, std::string_view* name);
+// The fields of an smaps entry that follow its maps line: folds one line into the attributes.
+void ParseSmapsLine(std::string_view line, Attributes* attributes);
+
+class Mappings {
+ public:
+  int Open();
+  void Close();
+  bool has_query() const { return has_query_; }
+  void ForgetQuery() { has_query_ = false; }  // for tests of the fall-back
+
+  int Query(Address address, Mapping* out) const;
+  int ReadAttributes(Span span, void (*each)(void* cookie, const AttributedMapping&), void* cookie) const;
+  std::size_t Count() const;
+  static std::size_t Max();
+
+ private:
+  int QueryKernel(Address address, Mapping* out) const;
+  int QueryText(Address address, Mapping* out) const;
+
+  int fd_ = -1;
+  bool has_query_ = false;
+};
+
+}  // namespace ksmu::os

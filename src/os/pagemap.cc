@@ -1,0 +1,81 @@
+#include "os/pagemap.h"
+
+#include <fcntl.h>
+#include <sys/ioctl.h>
+
+#include <bit>
+
+#include "os/raw.h"
+#include "os/uapi.h"
+
+namespace ksmu::os {
+
+// The kernel writes its runs straight into the caller's: same size, same places, and the upper half of the kernel's
+// 64-bit categories falls into the padding.
+static_assert(sizeof(PageRun) == sizeof(uapi::PageRegion) && offsetof(PageRun, end) == offsetof(uapi::PageRegion, end) &&
+              offsetof(PageRun, categories) == offsetof(uapi::PageRegion, categories));
+static_assert(std::endian::native == std::endian::little);
+
+int Pagemap::Open(std::size_t page_bytes) {
+  page_bytes_ = page_bytes;
+  fd_ = raw::Repeat([] { return open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC); });
+  if (fd_ < 0) return fd_;
+  uapi::PagemapScan probe{};  // an empty range: nothing is looked at, but the call has to exist
+  probe.size = sizeof probe;
+  if (int error = raw::Repeat([&] { return ioctl(fd_, uapi::kIocPagemapScan, &probe); }); error == -ENOTTY) {
+    Close();
+    return -ENOSYS;
+  }
+  return 0;
+}
+
+void Pagemap::Close() {
+  if (fd_ >= 0) close(fd_);
+  fd_ = -1;
+}
+
+ScanResult Pagemap::Scan(Span span, const ScanRequest& request, PageRun* runs, std::size_t capacity) const {
+  uapi::PagemapScan scan{};
+  scan.size = sizeof scan;
+  scan.start = span.start;
+  scan.end = span.end();
+  scan.vec = capacity ? reinterpret_cast<std::uint64_t>(runs) : 0;
+  scan.vec_len = capacity;
+  scan.category_inverted = request.inverted;
+  scan.category_mask = request.required;
+  scan.category_anyof_mask = request.any_of;
+  scan.return_mask = request.returned;
+  if (request.write_protect) scan.flags = uapi::kScanWpMatching | uapi::kScanCheckWpAsync;
+  int found = raw::Repeat([&] { return ioctl(fd_, uapi::kIocPagemapScan, &scan); });
+  ScanResult result;
+  result.error = found < 0 ? found : 0;
+  result.runs = found < 0 ? 0 : static_cast<std::size_t>(found);
+  result.walked_to = found < 0 ? span.start : scan.walk_end;
+  return result;
+}
+
+int Pagemap::ReadSharing(Address start, Sharing* out, std::size_t pages) const {
+  constexpr std::size_t kBatch = 128;
+  std::uint64_t entries[kBatch];
+  while (pages > 0) {
+    std::size_t batch = pages < kBatch ? pages : kBatch;
+    ssize_t bytes = raw::Repeat([&] {
+      return pread(fd_, entries, batch * sizeof entries[0], static_cast<off_t>(start / page_bytes_ * sizeof entries[0]));
+    });
+    if (bytes < 0) return static_cast<int>(bytes);
+    std::size_t got = static_cast<std::size_t>(bytes) / sizeof entries[0];
+    if (got == 0) return -EFAULT;  // beyond the address space
+    for (std::size_t i = 0; i < got; ++i) {
+      // A swapped page counts as absent: whether a child maps it too is not known, and it is never taken anyway.
+      out[i] = !(entries[i] & uapi::kPagemapPresent)    ? Sharing::kAbsent
+               : (entries[i] & uapi::kPagemapExclusive) ? Sharing::kExclusive
+                                                        : Sharing::kShared;
+    }
+    out += got;
+    pages -= got;
+    start += got * page_bytes_;
+  }
+  return 0;
+}
+
+}  // namespace ksmu::os

@@ -1,0 +1,265 @@
+#include "os/pins.h"
+
+#include <fcntl.h>
+#include <linux/major.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+
+#include <algorithm>
+
+#include "os/mappings.h"
+#include "os/raw.h"
+#include "os/text.h"
+#include "os/uapi.h"
+
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+#ifndef SYS_pidfd_getfd
+#define SYS_pidfd_getfd 438
+#endif
+
+namespace ksmu::os {
+namespace {
+
+constexpr unsigned kMiscMajor = 10;
+constexpr unsigned kTunMinor = 200, kKvmMinor = 232;
+constexpr unsigned kFirstPtyMajor = 136, kLastPtyMajor = 143;
+
+template <std::size_t N>
+bool IsOneOf(std::string_view name, const std::string_view (&names)[N]) {
+  return std::find(std::begin(names), std::end(names), name) != std::end(names);
+}
+
+// anon_inode files without a device behind them. Not here, on purpose: bpf maps (values may be pinned user memory since
+// 6.13), dma-buf, io_uring (looked at apart), vfio, kvm devices (kvm-vfio).
+bool HarmlessAnonInode(std::string_view name) {
+  static constexpr std::string_view kHarmless[] = {
+      "[eventfd]", "[timerfd]", "[signalfd]", "inotify", "[inotify]", "[eventpoll]", "[userfaultfd]", "[pidfd]",
+      "[fanotify]", "[perf_event]", "kvm-vm", "[kvm-vm]", "kvm-vm-stats", "kvm-vcpu-stats",
+  };
+  return IsOneOf(name, kHarmless) || name.substr(0, 9) == "kvm-vcpu:";
+}
+
+bool HarmlessCharacterDevice(dev_t device, std::string_view path) {
+  unsigned number = major(device), part = minor(device);
+  switch (number) {
+    case MEM_MAJOR:  // null, zero, full, random, urandom, kmsg; not mem and port
+      return part == 3 || part == 5 || part == 7 || part == 8 || part == 9 || part == 11;
+    case TTY_MAJOR:
+    case TTYAUX_MAJOR:
+      return true;
+    case kMiscMajor:
+      // The number of userfaultfd's device is given out as modules come.
+      return part == kTunMinor || part == kKvmMinor || path == "/dev/userfaultfd";
+    default:
+      return number >= kFirstPtyMajor && number <= kLastPtyMajor;
+  }
+}
+
+// A dma-buf looks like a file in some kernels.
+bool IsDmaBuf(std::string_view path) { return path.substr(0, 7) == "/dmabuf"; }
+
+// By what stat says of it: O_DIRECT on files and block devices pins for the time of one request only.
+bool HarmlessFile(const struct stat& status, std::string_view path) {
+  if (IsDmaBuf(path)) return false;
+  switch (status.st_mode & S_IFMT) {
+    case S_IFREG:
+    case S_IFDIR:
+    case S_IFLNK:
+    case S_IFIFO:
+    case S_IFBLK:
+      return true;
+    case S_IFCHR:
+      return HarmlessCharacterDevice(status.st_rdev, path);
+    default:
+      return false;
+  }
+}
+
+bool HarmlessSocketFamily(int family) {
+  // Not AF_XDP, AF_RDS, AF_SMC: registered memory. Not AF_ALG and what else there is: nobody has looked.
+  return family == AF_UNIX || family == AF_INET || family == AF_INET6 || family == AF_NETLINK || family == AF_PACKET ||
+         family == uapi::kAfVsock;
+}
+
+// mm->pinned_vm: registered buffers of every io_uring that this process created, also where its descriptor has been
+// closed or is in other hands, and RDMA's memory regions.
+bool NothingAccountedAsPinned() {
+  char buffer[4096];
+  std::int64_t size = ReadSmallFile(AT_FDCWD, "/proc/self/status", buffer, sizeof buffer);
+  std::string_view text(buffer, size > 0 ? static_cast<std::size_t>(size) : 0);
+  std::size_t at = text.find("\nVmPin:");
+  if (at == std::string_view::npos) return false;
+  text.remove_prefix(at + 7);
+  SkipSpaces(&text);
+  std::uint64_t value;
+  return TakeDecimal(&text, &value) && value == 0;
+}
+
+// One thread's descriptor table.
+class TableCheck {
+ public:
+  TableCheck(int thread, const PinPolicy& policy) : thread_(thread), policy_(policy) {}
+  ~TableCheck() {
+    if (pidfd_ >= 0) close(pidfd_);
+  }
+
+  bool Harmless() {
+    PathBuffer path;
+    path.Add("/proc/self/task/").Add(static_cast<std::uint64_t>(thread_)).Add("/fd");
+    directory_ = raw::Repeat([&] { return open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); });
+    if (directory_ < 0) return directory_ == -ENOENT || directory_ == -ESRCH;  // the thread has gone
+    bool harmless = true;
+    struct Visit {
+      TableCheck* self;
+      bool* harmless;
+    } visit{this, &harmless};
+    int error = ForEachNumber(
+        directory_,
+        [](void* v, int number) {
+          auto* at = static_cast<Visit*>(v);
+          return *at->harmless = at->self->HarmlessDescriptor(number);
+        },
+        &visit);
+    close(directory_);
+    // ENOENT: the thread has exited, and its table, if it was nobody else's, with it.
+    return harmless && (error == 0 || error == -ENOENT);
+  }
+
+ private:
+  bool HarmlessDescriptor(int number) {
+    PathBuffer name;
+    name.Add(static_cast<std::uint64_t>(number));
+    char target[256];
+    ssize_t size = raw::Repeat([&] { return readlinkat(directory_, name.c_str(), target, sizeof target); });
+    if (size == -ENOENT) return true;  // closed meanwhile
+    if (size < 0) return false;
+    std::string_view text(target, static_cast<std::size_t>(size));
+    if (TakePrefix(&text, "anon_inode:")) {
+      if (text == "[io_uring]") return policy_.trust_ring_without_buffers && RingShowsNoBuffers(number);
+      return HarmlessAnonInode(text);
+    }
+    if (text.substr(0, 8) == "socket:[") return HarmlessSocket(number);
+    if (text.substr(0, 6) == "pipe:[" || text.substr(0, 7) == "pidfd:[" || text.substr(0, 5) == "net:[") return true;
+    struct stat status {};
+    int error = raw::Repeat([&] { return fstatat(directory_, name.c_str(), &status, 0); });
+    return error == -ENOENT || (error == 0 && HarmlessFile(status, text));
+  }
+
+  bool RingShowsNoBuffers(int number) {
+    PathBuffer path;
+    path.Add("/proc/self/task/").Add(static_cast<std::uint64_t>(thread_)).Add("/fdinfo/");
+    path.Add(static_cast<std::uint64_t>(number));
+    int fd = raw::Repeat([&] { return open(path.c_str(), O_RDONLY | O_CLOEXEC); });
+    if (fd < 0) return fd == -ENOENT;
+    char buffer[1024];
+    LineReader lines(fd, buffer, sizeof buffer);
+    std::string_view line;
+    bool none = false;
+    while (lines.Next(&line)) {
+      if (!TakePrefix(&line, "UserBufs:")) continue;
+      SkipSpaces(&line);
+      std::uint64_t count;
+      none = TakeDecimal(&line, &count) && count == 0;
+      break;
+    }
+    close(fd);
+    return none;  // also false where the ring was busy and printed nothing
+  }
+
+  // The link does not tell the family: fetch a copy of the descriptor and ask it.
+  bool HarmlessSocket(int number) {
+    if (pidfd_ < 0) {
+      bool leader = thread_ == getpid();
+      pidfd_ = static_cast<int>(
+          raw::Repeat([&] { return syscall(SYS_pidfd_open, thread_, leader ? 0u : uapi::kPidfdThread); }));
+      if (pidfd_ < 0) return false;  // 6.9 for a thread that is not the leader
+    }
+    int copy = static_cast<int>(raw::Repeat([&] { return syscall(SYS_pidfd_getfd, pidfd_, number, 0); }));
+    if (copy < 0) return copy == -EBADF;  // closed meanwhile
+    int family = -1;
+    socklen_t bytes = sizeof family;
+    int error = getsockopt(copy, SOL_SOCKET, SO_DOMAIN, &family, &bytes);
+    close(copy);
+    return error == 0 && HarmlessSocketFamily(family);
+  }
+
+  int thread_;
+  const PinPolicy& policy_;
+  int directory_ = -1;
+  int pidfd_ = -1;
+};
+
+// Threads that share a table are looked at once, where kcmp(2) is to be had; else each of them.
+struct TablesCheck {
+  static constexpr std::size_t kMostTables = 16;
+  const OwnThreads& own;
+  const PinPolicy& policy;
+  int self = CurrentThread();
+  // Where the caller has a table of its own, whoever shares that is ours: also the workers that the kernel starts for a
+  // ring of ours. Where it has not, the program's table is the one to look at.
+  bool skip_own_table = !SameTable(getpid(), self);
+  int seen[kMostTables] = {};
+  std::size_t count = 0;
+  bool harmless = true;
+
+  static bool SameTable(int a, int b) { return syscall(SYS_kcmp, a, b, uapi::kKcmpFiles, 0, 0) == 0; }
+
+  bool Visit(int thread) {
+    if (skip_own_table && (own.Contains(thread) || SameTable(thread, self))) return true;
+    for (std::size_t i = 0; i < count; ++i) {
+      if (SameTable(thread, seen[i])) return true;
+    }
+    if (count < kMostTables) seen[count++] = thread;
+    return harmless = TableCheck(thread, policy).Harmless();
+  }
+};
+
+bool HarmlessMapping(const Mapping& mapping, std::string_view name, const PinPolicy& policy) {
+  if (mapping.special || mapping.heap || mapping.stack || mapping.anonymous) return true;
+  if (TakePrefix(&name, "anon_inode:")) {
+    // A ring that is still mapped may have been closed: then only VmPin speaks of it.
+    if (name == "[io_uring]") return policy.trust_ring_without_buffers;
+    return HarmlessAnonInode(name);
+  }
+  // Files; but not "socket:[...]", and not a device's registers, which sysfs shows as files.
+  if (name.substr(0, 5) != "/dev/") return name.substr(0, 1) == "/" && name.substr(0, 5) != "/sys/" && !IsDmaBuf(name);
+  if (name.substr(0, 9) == "/dev/shm/" || name.substr(0, 9) == "/dev/zero" || name.substr(0, 14) == "/dev/hugepages") {
+    return true;
+  }
+  PathBuffer path;
+  path.Add(name);
+  struct stat status {};
+  return path.ok() && raw::Repeat([&] { return stat(path.c_str(), &status); }) == 0 && HarmlessFile(status, name);
+}
+
+bool MappingsHarmless(const PinPolicy& policy, const Span* own_rings, std::size_t own_ring_count) {
+  int fd = raw::Repeat([] { return open("/proc/self/maps", O_RDONLY | O_CLOEXEC); });
+  if (fd < 0) return false;
+  char buffer[8192];
+  LineReader lines(fd, buffer, sizeof buffer);
+  std::string_view line, name;
+  bool harmless = true;
+  while (harmless && lines.Next(&line)) {
+    Mapping mapping;
+    if (!ParseMapsLine(line, &mapping, &name)) continue;
+    bool ours = std::any_of(own_rings, own_rings + own_ring_count, [&](Span ring) { return ring.contains(mapping.start); });
+    harmless = ours || HarmlessMapping(mapping, name, policy);
+  }
+  harmless = harmless && lines.error() == 0;
+  close(fd);
+  return harmless;
+}
+
+}  // namespace
+
+bool NoLongTermPins(const OwnThreads& own, const PinPolicy& policy, const Span* own_rings, std::size_t own_ring_count) {
+  if (!NothingAccountedAsPinned()) return false;
+  TablesCheck check{own, policy};
+  if (ForEachThread([](void* v, int thread) { return static_cast<TablesCheck*>(v)->Visit(thread); }, &check) < 0) return false;
+  return check.harmless && MappingsHarmless(policy, own_rings, own_ring_count);
+}
+
+}  // namespace ksmu::os

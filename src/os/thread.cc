@@ -1,0 +1,119 @@
+#include "os/thread.h"
+
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/random.h>
+#include <sys/resource.h>
+#include <time.h>
+
+#include <algorithm>
+#include <climits>
+
+#include "os/mappings.h"
+#include "os/pool_file.h"
+#include "os/raw.h"
+
+namespace ksmu::os {
+
+int StartThread(pthread_t* thread, void* (*body)(void*), void* argument) {
+  sigset_t all, old;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &old);
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstacksize(&attributes, 256 * 1024);
+  pthread_attr_setinheritsched(&attributes, PTHREAD_EXPLICIT_SCHED);
+  pthread_attr_setschedpolicy(&attributes, SCHED_OTHER);
+  const int error = pthread_create(thread, &attributes, body, argument);
+  pthread_attr_destroy(&attributes);
+  pthread_sigmask(SIG_SETMASK, &old, nullptr);
+  return -error;
+}
+
+void JoinThread(pthread_t thread) { pthread_join(thread, nullptr); }
+
+void NameThisThread(const char* name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
+
+int PinThisThread(const char* cpus) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (!cpus) {
+    // All CPUs: the kernel leaves out those that the process's cpuset does not have.
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) CPU_SET(cpu, &set);
+  } else {
+    std::string_view text(cpus);
+    do {
+      std::uint64_t first, last;
+      if (!TakeDecimal(&text, &first)) return -EINVAL;
+      last = first;
+      if (TakePrefix(&text, "-") && !TakeDecimal(&text, &last)) return -EINVAL;
+      if (last < first || last >= CPU_SETSIZE) return -EINVAL;
+      for (std::uint64_t cpu = first; cpu <= last; ++cpu) CPU_SET(cpu, &set);
+    } while (TakePrefix(&text, ","));
+    if (!text.empty()) return -EINVAL;
+  }
+  return sched_setaffinity(0, sizeof set, &set) == 0 ? 0 : -errno;
+}
+
+void SetThisThreadNice(int nice) { setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), nice); }
+
+int FutexWait(const std::atomic<std::uint32_t>* word, std::uint32_t expected, std::int64_t timeout_ns) {
+  timespec timeout{timeout_ns / 1'000'000'000, timeout_ns % 1'000'000'000};
+  const long result = syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, timeout_ns < 0 ? nullptr : &timeout, nullptr, 0);
+  return result == 0 ? 0 : -errno;
+}
+
+void FutexWake(const std::atomic<std::uint32_t>* word, int count) {
+  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
+}
+
+void YieldThread() { sched_yield(); }
+
+int ProcessId() { return static_cast<int>(syscall(SYS_getpid)); }
+
+std::size_t SystemPageSize() { return static_cast<std::size_t>(sysconf(_SC_PAGESIZE)); }
+
+std::uint64_t Entropy() {
+  std::uint64_t seed = 0;
+  if (getrandom(&seed, sizeof seed, GRND_NONBLOCK) != sizeof seed) {
+    timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    seed = static_cast<std::uint64_t>(now.tv_nsec) * 0x9E3779B97F4A7C15ull ^ static_cast<std::uint64_t>(now.tv_sec);
+  }
+  return seed;
+}
+
+int DiscardWithoutEngine(Span span) {
+  if (int error = raw::Madvise(span.start, span.bytes, MADV_DONTNEED)) return error;
+  const int fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return -errno;
+  char buffer[4096];
+  LineReader lines(fd, buffer, sizeof buffer);
+  std::string_view line, name;
+  int error = 0;
+  while (!error && lines.Next(&line)) {
+    Mapping mapping;
+    if (!ParseMapsLine(line, &mapping, &name) || mapping.end <= span.start) continue;
+    if (mapping.start >= span.end()) break;
+    if (mapping.shared || name.substr(0, kPoolFileLinkPrefix.size()) != kPoolFileLinkPrefix) continue;
+    const Address start = std::max(span.start, mapping.start), end = std::min(span.end(), mapping.end);
+    const int prot = (mapping.readable ? PROT_READ : 0) | (mapping.writable ? PROT_WRITE : 0) | (mapping.executable ? PROT_EXEC : 0);
+    Address at;
+    error = raw::Mmap(start, end - start, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0, &at);
+  }
+  close(fd);
+  return error;
+}
+
+int MapForProgram(std::size_t bytes, Address* out) {
+  return raw::Mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, out);
+}
+
+int UnmapWithoutEngine(Span span) {
+  return static_cast<int>(raw::Repeat([&] { return syscall(SYS_munmap, span.start, span.bytes); }));
+}
+
+}  // namespace ksmu::os

@@ -1,0 +1,158 @@
+// Random runs of the engine over the simulated system, with program threads, failures and the event thread put in
+// between any two calls, against a shadow copy of the program's memory.
+//
+//   model_test --seed=N [--verbose]      one run
+//   model_test --seeds=N [--from=M]      many
+//   model_test --trace=FILE [--verbose]  a run that was written down
+//   model_test --minimise=N              makes a failing seed smaller and prints it
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <sstream>
+#include <string>
+
+#include "model_minimise.h"
+#include "model_trace.h"
+#include "model_world.h"
+
+namespace ksmu::model {
+namespace {
+
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kFibers = false;
+#else
+constexpr bool kFibers = true;
+#endif
+
+Result RunSeed(std::uint64_t seed, const os::FakeLies& lies = {}, bool verbose = false) {
+  return World::Run(Generate(seed), false, lies, verbose);
+}
+
+// The recorded form of a failing seed, made smaller.
+Trace Smaller(std::uint64_t seed, const os::FakeLies& lies, int budget) {
+  Trace trace = Generate(seed);
+  trace.actions = World::Run(trace, false, lies).actions;
+  const auto fails = [&](const Trace& t) { return World::Run(t, true, lies).failed; };
+  if (!fails(trace)) {
+    std::printf("model: the recorded run of seed %llu does not fail\n", static_cast<unsigned long long>(seed));
+    return trace;
+  }
+  return Minimise(trace, fails, budget);
+}
+
+std::string Report(std::uint64_t seed, const Result& result) {
+  std::string text = "seed " + std::to_string(seed) + ": " + result.message + "\n";
+  const Trace small = Smaller(seed, {}, 1500);
+  text += "made smaller (replay: model_test --trace=FILE), " + World::Run(small, true).message + "\n" + small.Text();
+  return text;
+}
+
+int Long() {
+  const char* value = std::getenv("KSMU_TEST_LONG");
+  return value != nullptr && std::strcmp(value, "1") == 0 ? 20 : 1;
+}
+
+TEST(Model, RandomRuns) {
+  if (!kFibers) GTEST_SKIP() << "one thread, in fibers that the thread sanitizer does not follow";
+  const auto start = std::chrono::steady_clock::now();
+  Tally tally;
+  int failures = 0;
+  const auto seeds = static_cast<std::uint64_t>(4000 * Long());
+  for (std::uint64_t seed = 1; seed <= seeds && failures < 3; ++seed) {
+    const Result result = RunSeed(seed);
+    tally.Add(result.tally);
+    if (!result.failed) continue;
+    ++failures;
+    ADD_FAILURE() << Report(seed, result);
+  }
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  std::printf("%llu runs in %.1f s: %lld calls, %lld actions put in, %lld of them failures, %lld forks;\n"
+              "  %lld gates, %lld pages merged, %lld zero, %lld breaks, %lld merged again in place, %lld detached, "
+              "%lld discards, %lld gates undone\n",
+              static_cast<unsigned long long>(seeds), seconds, static_cast<long long>(tally.calls),
+              static_cast<long long>(tally.actions), static_cast<long long>(tally.failures),
+              static_cast<long long>(tally.forks), static_cast<long long>(tally.gates),
+              static_cast<long long>(tally.merged), static_cast<long long>(tally.zero),
+              static_cast<long long>(tally.breaks), static_cast<long long>(tally.remerged),
+              static_cast<long long>(tally.detached), static_cast<long long>(tally.discards),
+              static_cast<long long>(tally.undone));
+  if (failures == 0) {  // a model in which nothing happens proves nothing
+    EXPECT_GT(tally.merged, 5000);
+    EXPECT_GT(tally.breaks, 1000);
+    EXPECT_GT(tally.zero, 500);
+    EXPECT_GT(tally.remerged, 100);
+    EXPECT_GT(tally.detached, 100);
+    EXPECT_GT(tally.discards, 500);
+    EXPECT_GT(tally.failures, 1000);
+  }
+}
+
+}  // namespace
+}  // namespace ksmu::model
+
+int main(int argc, char** argv) {
+  using namespace ksmu::model;
+  testing::InitGoogleTest(&argc, argv);
+  std::uint64_t seed = 0, seeds = 0, from = 1, minimise = 0;
+  std::string file;
+  bool verbose = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string a = argv[i];
+    auto number = [&] { return std::strtoull(a.c_str() + a.find('=') + 1, nullptr, 10); };
+    if (a.rfind("--seed=", 0) == 0) seed = number();
+    if (a.rfind("--seeds=", 0) == 0) seeds = number();
+    if (a.rfind("--from=", 0) == 0) from = number();
+    if (a.rfind("--minimise=", 0) == 0) minimise = number();
+    if (a.rfind("--trace=", 0) == 0) file = a.substr(8);
+    if (a == "--verbose") verbose = true;
+  }
+  if (minimise != 0) {
+    const Trace small = Smaller(minimise, {}, 4000);
+    std::printf("# %s\n%s", World::Run(small, true).message.c_str(), small.Text().c_str());
+    return 0;
+  }
+  if (!file.empty()) {
+    std::ifstream in(file);
+    std::stringstream text;
+    text << in.rdbuf();
+    Trace trace;
+    std::string error;
+    if (!Trace::Parse(text.str(), &trace, &error)) {
+      std::printf("%s\n", error.c_str());
+      return 2;
+    }
+    const Result result = World::Run(trace, true, {}, verbose);
+    std::printf("%s\n", result.failed ? result.message.c_str() : "passes");
+    return result.failed ? 1 : 0;
+  }
+  if (seed != 0) {
+    const Result result = RunSeed(seed, {}, verbose);
+    std::printf("%s\n", result.failed ? result.message.c_str() : "passes");
+    return result.failed ? 1 : 0;
+  }
+  if (seeds != 0) {
+    int failed = 0;
+    Tally tally;
+    for (std::uint64_t s = from; s < from + seeds; ++s) {
+      const Result result = RunSeed(s);
+      tally.Add(result.tally);
+      if (!result.failed) continue;
+      ++failed;
+      std::printf("seed %llu: %s\n", static_cast<unsigned long long>(s), result.message.c_str());
+    }
+    std::printf("%d of %llu fail; merged %lld breaks %lld remerged %lld detached %lld discards %lld undone %lld\n", failed,
+                static_cast<unsigned long long>(seeds), static_cast<long long>(tally.merged),
+                static_cast<long long>(tally.breaks), static_cast<long long>(tally.remerged),
+                static_cast<long long>(tally.detached), static_cast<long long>(tally.discards),
+                static_cast<long long>(tally.undone));
+    return failed != 0;
+  }
+  return RUN_ALL_TESTS();
+}

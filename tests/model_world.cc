@@ -1,0 +1,541 @@
+#include "model_world.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <utility>
+
+namespace ksmu::model {
+
+using os::FakeOperation;
+
+namespace {
+constexpr int kThreads = 4;        // of the program; children have two each
+constexpr std::size_t kMaxProcesses = 4;
+
+std::size_t Offset(int value) {
+  static constexpr std::size_t offsets[] = {0, 1, 2048, 4088, 4095};
+  return offsets[static_cast<std::size_t>(value) % 5];
+}
+}  // namespace
+
+void Tally::Add(const Tally& t) {
+  merged += t.merged, zero += t.zero, breaks += t.breaks, remerged += t.remerged, detached += t.detached;
+  discards += t.discards, undone += t.undone, gates += t.gates, calls += t.calls, actions += t.actions;
+  failures += t.failures, forks += t.forks;
+}
+
+Result World::Run(const Trace& trace, bool replay, const os::FakeLies& lies, bool verbose) {
+  auto world = std::make_unique<World>(trace, replay, lies, verbose);
+  try {
+    world->RunAll();
+  } catch (const Livelock& e) {
+    world->Fail(std::string("livelock: ") + e.what());
+    Result result = world->result_;
+    world.release();  // somewhere inside the library: not to be taken apart
+    return result;
+  }
+  return world->result_;
+}
+
+World::World(const Trace& trace, bool replay, const os::FakeLies& lies, bool verbose)
+    : trace_(trace),
+      replay_(replay),
+      verbose_(verbose),
+      fake_({.fork_events = trace.config.fork_events, .lies = lies}),
+      page_size_(fake_.PageSize()) {
+  const Config& c = trace.config;
+  constexpr std::size_t kSegment = std::size_t{2} << 20;
+  base_ = os::FakeSystem::kProgramBase + kSegment - static_cast<std::size_t>(c.before_boundary) * page_size_;
+  const auto pages = static_cast<std::size_t>(c.pages);
+  fake_.MapProgram(base_, pages * page_size_);
+  processes_.push_back({0, true, std::vector<Page>(pages, Page(page_size_))});
+  for (int i = 0; i < kThreads; ++i) {
+    slots_.emplace_back();
+    slots_.back().thread = fake_.AddThread();
+    slots_.back().index = i;
+  }
+  system_thread_ = fake_.AddThread();
+  tunables_.remerge_seconds = 0;
+  fake_.hooks.before = [this](os::FakeCall& call) { return Boundary(call, false); };
+  fake_.hooks.after = [this](const os::FakeCall& call) { Boundary(const_cast<os::FakeCall&>(call), true); };
+  fake_.hooks.other_thread = [this] { GiveWay(); };
+  fake_.hooks.yield = [this] { GiveWay(); };
+  engine_ = std::make_unique<engine::Engine>(fake_, tunables_, 12345);
+  fibers_ = std::make_unique<Fibers>([this] { engine_->HandleEvents(); });
+  fibers_->description = "seed " + std::to_string(c.seed);
+}
+
+World::~World() {
+  settling_ = true;
+  engine_.reset();
+}
+
+void World::Fail(const std::string& message) {
+  if (result_.failed) return;
+  result_.failed = true;
+  result_.message = "operation " + std::to_string(op_) + ": " + message;
+}
+
+std::uint64_t World::Random() {  // splitmix64
+  std::uint64_t z = (random_ += 0x9E3779B97F4A7C15u);
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return z ^ (z >> 31);
+}
+
+// --- the run -----------------------------------------------------------------------------------------------------------
+
+void World::RunAll() {
+  if (int error = engine_->Start()) {
+    if (trace_.config.refused.empty()) Fail("Start: " + std::to_string(error));
+    return;
+  }
+  settling_ = false;
+  for (const Op& op : trace_.ops) {
+    op_ = op.id;
+    random_ = trace_.config.seed * 1000003 + static_cast<std::uint64_t>(op.id) * 7919;
+    occurrences_.clear();
+    calls_at_op_ = fake_.calls();
+    if (verbose_) {
+      Trace one;
+      one.ops = {op};
+      std::printf("%s", one.Text().substr(one.Text().find('\n') + 1).c_str());
+    }
+    Do(op);
+    if (!fake_.violations().empty()) Fail(fake_.violations()[0]);
+    if (result_.failed) break;
+  }
+  op_ = -1;
+  calls_at_op_ = fake_.calls();
+  settling_ = true;
+  if (!result_.failed) Settle();
+  if (!result_.failed) CheckBytes();
+  if (!result_.failed) CheckQuiet(false);
+  // In the end everything is unmerged, and must read as before.
+  if (!result_.failed && trace_.config.refused.empty()) {
+    in_call_ = true;
+    const int error = engine_->UnmergeAll(true);
+    in_call_ = false;
+    if (error != 0) Fail("UnmergeAll: " + std::to_string(error));
+    Settle();
+    if (!result_.failed) CheckBytes();
+    if (!result_.failed) CheckQuiet(true);
+  }
+  const engine::Counters& c = engine_->counters();
+  Tally& t = result_.tally;
+  t.merged = c.merged_total, t.zero = c.zero_total, t.breaks = c.cow_breaks, t.remerged = c.remerged;
+  t.detached = c.detached, t.discards = c.discards, t.undone = c.gates_undone, t.gates = c.gate_count;
+  t.calls = static_cast<std::int64_t>(fake_.calls());
+  t.forks = static_cast<std::int64_t>(processes_.size()) - 1;
+  // The event thread must not be left in the middle of something.
+  for (int i = 0; i < 1000 && fibers_->events_half_done(); ++i) fibers_->RunEvents();
+}
+
+void World::Do(const Op& op) {
+  switch (op.kind) {
+    case OpKind::kEvents: fibers_->RunEvents(); return;
+    case OpKind::kProgram: {
+      const int slot = op.a % static_cast<int>(slots_.size());
+      if (!StartProgram(slot, static_cast<ProgramKind>(op.b), op.c, op.d, op.e)) return;
+      for (int i = 0; i < 60 && slots_[static_cast<std::size_t>(slot)].busy; ++i) {
+        if (fake_.Ready(slots_[static_cast<std::size_t>(slot)].thread)) {
+          StepSlot(slot);
+        } else {
+          fibers_->RunEvents();
+        }
+      }
+      return;
+    }
+    case OpKind::kRawUnmap: RawUnmap(op.a, op.b); return;
+    case OpKind::kMapAgain: MapAgain(op.a, op.b); return;
+    case OpKind::kUnpin:
+      if (pins_.empty()) return;
+      fake_.Unpin(pins_[static_cast<std::size_t>(op.a) % pins_.size()].id);
+      pins_.erase(pins_.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(op.a) % pins_.size()));
+      return;
+    case OpKind::kPinWrite: {
+      if (pins_.empty()) return;
+      const Pin& pin = pins_[static_cast<std::size_t>(op.a) % pins_.size()];
+      if (!pin.write) return;
+      Page& page = processes_[0].pages[static_cast<std::size_t>(pin.page)];
+      const Change change{Change::kPoke, 77, static_cast<unsigned char>(op.b)};
+      page.shadow.Begin(31, change);
+      fake_.PinWrite(pin.id, 77, {std::byte(op.b)});
+      page.shadow.End(31);
+      return;
+    }
+    case OpKind::kExit: {
+      const auto p = static_cast<std::size_t>(op.a);
+      if (p == 0 || p >= processes_.size() || !processes_[p].alive) return;
+      fake_.Exit(processes_[p].id);
+      processes_[p].alive = false;
+      for (Slot& s : slots_) {
+        if (s.process == op.a) s.busy = false;
+      }
+      return;
+    }
+    case OpKind::kTime: fake_.AdvanceTime(static_cast<std::uint64_t>(op.a) * 1000000000u); return;
+    case OpKind::kTunable:
+      switch (op.a) {
+        case 0: tunables_.use_zero_pages = op.b; break;
+        case 1: tunables_.max_page_sharing = op.b; break;
+        case 2: tunables_.remerge = op.b; break;
+        case 3: tunables_.remerge_seconds = op.b; break;
+        default: tunables_.smart_scan = op.b; break;
+      }
+      return;
+    case OpKind::kMapLimit:
+      fake_.max_mappings = op.a == 0 ? 65530 : fake_.space().count() + static_cast<std::size_t>(op.a);
+      return;
+    case OpKind::kPinsPossible: fake_.no_long_term_pins = op.a == 0; return;
+    case OpKind::kMemory: fake_.available_memory = static_cast<std::uint64_t>(op.a) << 20; return;
+    default: LibraryCall(op); return;
+  }
+}
+
+void World::LibraryCall(const Op& op) {
+  const os::Span span = SpanOf(op.a, op.b);
+  auto each = [&](auto change) {
+    for (int i = op.a; i < op.a + op.b; ++i) change(processes_[0].pages[static_cast<std::size_t>(i)], i);
+  };
+  bool holes = false, quiet = true;
+  if (op.kind != OpKind::kStep && op.kind != OpKind::kHousekeeping && op.kind != OpKind::kUnmergeAll) {
+    each([&](Page& p, int i) {
+      holes |= !p.mapped;
+      quiet &= !p.shadow.InFlight() && !Pinned(i);
+    });
+    for (const Slot& s : slots_) {
+      if (s.busy && s.process == 0 && s.page < op.a + op.b && op.a < s.page + s.pages) quiet = false;
+    }
+  }
+  in_call_ = true;
+  std::int64_t error = 0;
+  switch (op.kind) {
+    case OpKind::kAdvise:
+      each([&](Page& p, int) { p.promise |= (op.c & 1) != 0; });  // also while it is being changed
+      error = engine_->Advise(span, (op.c & 1) != 0, (op.c & 2) != 0, false);
+      each([&](Page& p, int) {
+        if (error == 0 || (error == -ENOMEM && holes)) p.promise = (op.c & 1) != 0;
+        p.released = false;
+      });
+      break;
+    case OpKind::kUnmerge: error = engine_->Unmerge(span); break;
+    case OpKind::kRelease:
+      if (holes) break;
+      error = engine_->Release(span);
+      each([&](Page& p, int) { p.released = p.mapped && error == 0; });
+      break;
+    case OpKind::kDiscard: {
+      if (holes || !quiet) break;
+      each([](Page& p, int) { p.shadow.Begin(30, {Change::kZero, 0, 0}); });
+      error = engine_->Discard(span);
+      each([&](Page& p, int) { p.shadow.End(30); });
+      if (error != 0 && trace_.config.refused.empty()) Fail("Discard: " + std::to_string(error));
+      break;
+    }
+    case OpKind::kUnmap:
+      if (holes || !quiet) break;
+      each([](Page& p, int) { p.mapped = false; });
+      error = engine_->Unmap(span);
+      if (error != 0) each([](Page& p, int) { p.mapped = true; });
+      break;
+    case OpKind::kMerge: error = engine_->Merge(span, nullptr, nullptr); break;
+    case OpKind::kStep:
+      for (int i = 0; i < op.a; ++i) engine_->Step();
+      break;
+    case OpKind::kHousekeeping: engine_->Housekeeping(); break;
+    case OpKind::kUnmergeAll: error = engine_->UnmergeAll(false); break;
+    default: break;
+  }
+  in_call_ = false;
+  if (verbose_ && error != 0) std::printf("    = %lld\n", static_cast<long long>(error));
+}
+
+// --- the program -------------------------------------------------------------------------------------------------------
+
+bool World::Pinned(int page) const {
+  return std::any_of(pins_.begin(), pins_.end(), [&](const Pin& p) { return p.page == page; });
+}
+
+bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count, int value) {
+  if (slot_number >= static_cast<int>(slots_.size())) return false;
+  Slot& slot = slots_[static_cast<std::size_t>(slot_number)];
+  Process& process = processes_[static_cast<std::size_t>(slot.process)];
+  const Config& c = trace_.config;
+  if (slot.busy || !process.alive || first >= c.pages) return false;
+  if (kind != ProgramKind::kDiscard && kind != ProgramKind::kProtect) count = 1;
+  count = std::min(count, c.pages - first);
+  auto page = [&](int i) -> Page& { return process.pages[static_cast<std::size_t>(i)]; };
+  if (kind != ProgramKind::kFork) {
+    for (int i = first; i < first + count; ++i) {
+      if (!page(i).mapped) return false;
+      if (page(i).protection != os::Protection::kReadWrite && kind != ProgramKind::kProtect) return false;
+    }
+  }
+  FakeOperation op;
+  op.address = At(first);
+  op.bytes = page_size_;
+  Change change;
+  auto direct_in_flight = [&](int i) {
+    return std::any_of(slots_.begin(), slots_.end(), [&](const Slot& s) {
+      return s.busy && s.process == slot.process && s.page == i &&
+             (s.kind == ProgramKind::kDirectPoke || s.kind == ProgramKind::kPinWrite || s.kind == ProgramKind::kPinRead);
+    });
+  };
+  switch (kind) {
+    case ProgramKind::kRead: op.kind = FakeOperation::kRead; break;
+    case ProgramKind::kFill:
+      op.kind = FakeOperation::kWrite;
+      op.data.assign(page_size_, std::byte(value));
+      change = {Change::kFill, 0, static_cast<unsigned char>(value)};
+      break;
+    case ProgramKind::kPoke:
+    case ProgramKind::kDirectPoke:
+      op.kind = kind == ProgramKind::kPoke ? FakeOperation::kWrite : FakeOperation::kDirectWrite;
+      change = {Change::kPoke, Offset(value), static_cast<unsigned char>(100 + value)};
+      op.address += change.offset;
+      op.data.assign(1, std::byte(change.value));
+      if (kind == ProgramKind::kDirectPoke && page(first).shadow.InFlight(Change::kZero)) return false;
+      break;
+    case ProgramKind::kDiscard:
+      if (!c.raw_discards || (slot.process != 0 && !c.fork_events)) return false;
+      for (int i = first; i < first + count; ++i) {
+        if (page(i).promise || page(i).shadow.InFlight(Change::kZero) || direct_in_flight(i) ||
+            (slot.process == 0 && Pinned(i)))
+          return false;
+      }
+      op.kind = FakeOperation::kDiscard;
+      op.bytes = static_cast<std::size_t>(count) * page_size_;
+      break;
+    case ProgramKind::kFork:
+      // Without the event a child that a raw clone makes in the middle of a merge is a limit; libc's fork waits for it.
+      if (!c.forks || processes_.size() >= kMaxProcesses || (!c.fork_events && in_call_)) return false;
+      op.kind = FakeOperation::kFork;
+      break;
+    case ProgramKind::kPinWrite:
+    case ProgramKind::kPinRead:
+      if (!c.pins || slot.process != 0 || page(first).shadow.InFlight(Change::kZero)) return false;
+      op.kind = FakeOperation::kPin;
+      op.write = kind == ProgramKind::kPinWrite;
+      break;
+    case ProgramKind::kSwapOut:
+      if (!c.swap) return false;
+      op.kind = FakeOperation::kSwapOut;
+      break;
+    case ProgramKind::kProtect:
+      if (!c.protects || slot.process != 0) return false;
+      for (int i = first; i < first + count; ++i) {
+        if (page(i).shadow.InFlight() || direct_in_flight(i)) return false;
+      }
+      op.kind = FakeOperation::kProtect;
+      op.bytes = static_cast<std::size_t>(count) * page_size_;
+      op.protection = static_cast<os::Protection>(value % 3);
+      for (int i = first; i < first + count; ++i) page(i).protection = op.protection;
+      break;
+    case ProgramKind::kCount: return false;
+  }
+  slot.busy = true;
+  slot.forked = false;
+  slot.kind = kind;
+  slot.page = first;
+  slot.pages = kind == ProgramKind::kFork ? 0 : count;
+  const bool changes = kind == ProgramKind::kFill || kind == ProgramKind::kPoke || kind == ProgramKind::kDirectPoke ||
+                       kind == ProgramKind::kDiscard;
+  if (changes) {
+    for (int i = first; i < first + count; ++i) page(i).shadow.Begin(slot.index, change);
+  }
+  fake_.Start(slot.thread, op);
+  return true;
+}
+
+void World::StepSlot(int number) {
+  Slot& slot = slots_[static_cast<std::size_t>(number)];
+  if (!slot.busy || !fake_.Step(slot.thread)) return;
+  const os::FakeOutcome& outcome = fake_.Outcome(slot.thread);
+  if (slot.kind == ProgramKind::kFork && !slot.forked && outcome.child >= 0) {
+    slot.forked = true;
+    Process child;
+    child.id = outcome.child;
+    for (const Page& p : processes_[static_cast<std::size_t>(slot.process)].pages) {
+      child.pages.push_back(p);
+      child.pages.back().shadow = p.shadow.Fork();
+    }
+    processes_.push_back(std::move(child));
+  }
+  if (outcome.done) Finished(slot);
+}
+
+void World::Finished(Slot& slot) {
+  slot.busy = false;
+  const os::FakeOutcome outcome = fake_.Outcome(slot.thread);
+  Process& process = processes_[static_cast<std::size_t>(slot.process)];
+  auto page = [&](int i) -> Page& { return process.pages[static_cast<std::size_t>(i)]; };
+  char where[80];
+  std::snprintf(where, sizeof where, "process %d page %d", slot.process, slot.page);
+  if (outcome.error != 0) {
+    Fail(std::string("the program got error ") + std::to_string(outcome.error) + " in " + where + ", operation " +
+         std::to_string(static_cast<int>(slot.kind)));
+    return;
+  }
+  switch (slot.kind) {
+    case ProgramKind::kRead: {
+      const std::string seen(reinterpret_cast<const char*>(outcome.data.data()), outcome.data.size());
+      ShadowPage& shadow = page(slot.page).shadow;
+      const std::string expected = shadow.Describe();
+      if (!shadow.See(seen)) Fail(std::string("wrong bytes: ") + where + " reads " + Short(seen) + ", not " + expected);
+      break;
+    }
+    case ProgramKind::kFill:
+    case ProgramKind::kPoke:
+    case ProgramKind::kDirectPoke:
+    case ProgramKind::kDiscard:
+      for (int i = slot.page; i < slot.page + slot.pages; ++i) page(i).shadow.End(slot.index);
+      break;
+    case ProgramKind::kFork: {
+      const int child = static_cast<int>(std::find_if(processes_.begin(), processes_.end(),
+                                                      [&](const Process& p) { return p.id == outcome.child; }) -
+                                         processes_.begin());
+      for (int i = 0; i < 2; ++i) {
+        Slot s;
+        s.thread = fake_.AddThread(outcome.child);
+        s.process = child;
+        s.index = i;
+        slots_.push_back(s);  // `slot` is not valid any more
+      }
+      break;
+    }
+    case ProgramKind::kPinWrite:
+    case ProgramKind::kPinRead:
+      pins_.push_back({outcome.pin, slot.page, slot.kind == ProgramKind::kPinWrite});
+      break;
+    case ProgramKind::kSwapOut:
+    case ProgramKind::kProtect:
+    case ProgramKind::kCount: break;
+  }
+}
+
+void World::StepEverybody() {
+  for (std::size_t i = 0; i < slots_.size(); ++i) StepSlot(static_cast<int>(i));
+}
+
+bool World::AnyBusy() const {
+  return std::any_of(slots_.begin(), slots_.end(), [](const Slot& s) { return s.busy; });
+}
+
+void World::RawUnmap(int first, int count) {
+  for (int i = first; i < first + count; ++i) {
+    const Page& p = processes_[0].pages[static_cast<std::size_t>(i)];
+    if (!p.mapped || !p.released || p.shadow.InFlight() || Pinned(i)) return;
+  }
+  for (const Slot& s : slots_) {
+    if (s.busy && s.process == 0 && s.page < first + count && first < s.page + s.pages) return;
+  }
+  FakeOperation op;
+  op.kind = FakeOperation::kUnmap;
+  op.address = At(first);
+  op.bytes = static_cast<std::size_t>(count) * page_size_;
+  fake_.Run(system_thread_, op);
+  for (int i = first; i < first + count; ++i) processes_[0].pages[static_cast<std::size_t>(i)].mapped = false;
+}
+
+void World::MapAgain(int first, int count) {
+  for (int i = first; i < first + count; ++i) {
+    Page& p = processes_[0].pages[static_cast<std::size_t>(i)];
+    if (p.mapped) continue;
+    FakeOperation op;
+    op.kind = FakeOperation::kMap;
+    op.address = At(i);
+    op.bytes = page_size_;
+    fake_.Run(system_thread_, op);
+    if (fake_.Outcome(system_thread_).error != 0) continue;  // at the map limit
+    p = Page(page_size_);
+  }
+}
+
+// --- the end -----------------------------------------------------------------------------------------------------------
+
+void World::Settle() {
+  fake_.max_mappings = 65530;
+  fake_.available_memory = std::uint64_t{16} << 30;
+  for (int i = 0; i < 200; ++i) {
+    for (int k = 0; k < 20; ++k) StepEverybody();
+    do {
+      fibers_->RunEvents();
+      StepEverybody();
+    } while (fibers_->events_half_done());
+    in_call_ = true;
+    const bool again = engine_->Housekeeping();
+    in_call_ = false;
+    if (i >= 3 && !again && !AnyBusy() && !fake_.EventsUnread()) break;
+  }
+  if (!fake_.violations().empty()) Fail(fake_.violations()[0]);
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    if (slots_[i].busy) Fail("stuck: thread " + std::to_string(i) + ": " + fake_.Describe(slots_[i].thread));
+  }
+}
+
+void World::CheckBytes() {
+  for (std::size_t p = 0; p < processes_.size(); ++p) {
+    if (!processes_[p].alive) continue;
+    int reader = -1;
+    for (std::size_t i = 0; i < slots_.size(); ++i) {
+      if (slots_[i].process == static_cast<int>(p) && !slots_[i].busy) reader = static_cast<int>(i);
+    }
+    if (reader < 0) continue;
+    for (int page = 0; page < trace_.config.pages && !result_.failed; ++page) {
+      Page& shadow = processes_[p].pages[static_cast<std::size_t>(page)];
+      if (!shadow.mapped) continue;
+      if (shadow.protection == os::Protection::kNone) continue;
+      const os::Protection protection = std::exchange(shadow.protection, os::Protection::kReadWrite);
+      StartProgram(reader, ProgramKind::kRead, page, 1, 0);
+      shadow.protection = protection;
+      for (int i = 0; i < 50 && slots_[static_cast<std::size_t>(reader)].busy; ++i) {
+        StepSlot(reader);
+        if (slots_[static_cast<std::size_t>(reader)].busy) fibers_->RunEvents();
+      }
+      if (slots_[static_cast<std::size_t>(reader)].busy)
+        Fail("stuck at the end: " + fake_.Describe(slots_[static_cast<std::size_t>(reader)].thread));
+    }
+  }
+  for (const Pin& pin : pins_) {
+    if (!fake_.PinInPlace(pin.id)) Fail("the pinned page " + std::to_string(pin.page) + " is not the program's any more");
+  }
+  if (!fake_.violations().empty()) Fail(fake_.violations()[0]);
+}
+
+void World::CheckQuiet(bool unmerged) {
+  if (!trace_.config.refused.empty()) return;
+  if (fake_.RegisteredPages(os::kGate) != 0) Fail("a gate is still shut");
+  for (const auto& [a, pte] : fake_.space().ptes()) {
+    const os::fake::Vma* v = fake_.space().Find(a);
+    if (v != nullptr && v->context == os::kStaging) Fail("a page is left in staging");
+  }
+  if (unmerged) {
+    for (os::Context c : {os::kTracker, os::kBreaker, os::kSyncBreaker}) {
+      if (fake_.RegisteredPages(c) != 0) Fail("memory is still registered with context " + std::to_string(c));
+    }
+  }
+  // The program's protections are its own.
+  for (int i = 0; i < trace_.config.pages; ++i) {
+    const Page& page = processes_[0].pages[static_cast<std::size_t>(i)];
+    const os::fake::Vma* v = fake_.space().Find(At(i));
+    if ((v != nullptr) != page.mapped) {
+      Fail("page " + std::to_string(i) + (page.mapped ? " is not mapped" : " is mapped again"));
+    } else if (v != nullptr && (v->readable != (page.protection != os::Protection::kNone) ||
+                                v->writable != (page.protection == os::Protection::kReadWrite))) {
+      Fail("page " + std::to_string(i) + " has another protection than the program gave it");
+    }
+  }
+  // The gauges agree with the pages.
+  std::array<std::int64_t, static_cast<std::size_t>(engine::PageState::kCount)> count{};
+  for (int i = 0; i < trace_.config.pages; ++i) ++count[static_cast<std::size_t>(engine_->Explain(At(i)).state())];
+  for (std::size_t s = 1; s < count.size(); ++s) {
+    const auto shown = engine_->counters().pages[s].load();
+    if (shown != count[s])
+      Fail("the gauge of state " + std::to_string(s) + " is " + std::to_string(shown) + ", not " + std::to_string(count[s]));
+  }
+}
+
+}  // namespace ksmu::model
