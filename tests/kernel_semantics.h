@@ -135,7 +135,8 @@ class Memory {
  public:
   explicit Memory(std::size_t pages, const FrameFile* frames = nullptr, std::size_t first_frame = 0) : pages_(pages) {
     std::uintptr_t around = 0;
-    EXPECT_EQ(raw::Mmap(0, (pages + 2) * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &around), 0);
+    EXPECT_EQ(raw::Mmap(0, (pages + 2) * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &around),
+              0);
     start_ = around + kPage;
     std::uintptr_t placed = 0;
     int flags = MAP_PRIVATE | MAP_FIXED | (frames ? MAP_NORESERVE : MAP_ANONYMOUS);
@@ -153,9 +154,7 @@ class Memory {
   volatile std::uint64_t& Word(std::size_t page) const { return *reinterpret_cast<volatile std::uint64_t*>(at(page)); }
   Span span(std::size_t page, std::size_t count) const { return {at(page), count * kPage}; }
   Span all() const { return span(0, pages_); }
-  void Touch(std::size_t page) const {
-    [[maybe_unused]] std::uint64_t read = Word(page);
-  }
+  void Touch(std::size_t page) const { [[maybe_unused]] std::uint64_t read = Word(page); }
   void Fill() const {
     for (std::size_t i = 0; i < pages_; ++i) Word(i) = FrameFile::Word(i);
   }
@@ -168,11 +167,12 @@ class Memory {
 // A thread that does something which may wait. Joined at the end: whatever it waits for has to be gone by then.
 class Worker {
  public:
-  explicit Worker(std::function<void()> work) : thread_([this, work = std::move(work)] {
-    thread_id_ = static_cast<int>(syscall(SYS_gettid));
-    work();
-    done_ = true;
-  }) {}
+  explicit Worker(std::function<void()> work)
+      : thread_([this, work = std::move(work)] {
+          thread_id_ = static_cast<int>(syscall(SYS_gettid));
+          work();
+          done_ = true;
+        }) {}
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
   ~Worker() { Join(); }
@@ -198,14 +198,15 @@ class Worker {
 // Reads a context's messages on a thread of its own, for calls that wait until their event has been read.
 class EventReader {
  public:
-  explicit EventReader(Uffd& context) : context_(context), thread_([this] {
-    while (!stop_) {
-      auto message = context_.Next(20);
-      if (!message) continue;
-      std::lock_guard hold(mutex_);
-      messages_.push_back(*message);
-    }
-  }) {}
+  explicit EventReader(Uffd& context)
+      : context_(context), thread_([this] {
+          while (!stop_) {
+            auto message = context_.Next(20);
+            if (!message) continue;
+            std::lock_guard hold(mutex_);
+            messages_.push_back(*message);
+          }
+        }) {}
   ~EventReader() { Stop(); }
   std::vector<uffd_msg> Stop() {
     stop_ = true;
@@ -235,7 +236,8 @@ inline std::string WhyNoUserfaultfdHere() {
 
 class KernelTest : public ::testing::Test {
  protected:
-  static constexpr std::uint32_t kAllCategories = kWpAllowed | kWritten | kFile | kPresent | kSwapped | kPfnZero | kHuge;
+  static constexpr std::uint32_t kAllCategories =
+      kWpAllowed | kWritten | kFile | kPresent | kSwapped | kPfnZero | kHuge;
 
   void SetUp() override {
     if (std::string why = WhyNoUserfaultfdHere(); !why.empty()) GTEST_SKIP() << why;

@@ -15,8 +15,8 @@ constexpr int kDontUnmap = MREMAP_MAYMOVE | uapi::kMremapDontUnmap;
 
 // --- the gate and its events -----------------------------------------------------------------------------------------
 
-// A discard behind the gate is an event: the discarding thread waits until it is read, and until it has gone on every call
-// that changes pages says EAGAIN. A harmless call tells the same without a page to try it on.
+// A discard behind the gate is an event: the discarding thread waits until it is read, and until it has gone on every
+// call that changes pages says EAGAIN. A harmless call tells the same without a page to try it on.
 TEST_F(KernelGate, UnreadEventMakesCallsTryAgain) {
   Uffd gate(kGateFeatures), staging(kStagingFeatures);
   Memory memory(4), aside(4);
@@ -64,7 +64,8 @@ TEST_F(KernelGate, ReplacedRangeIsWokenExplicitly) {
   Worker reader([&] { seen = memory.Word(0); });
   ASSERT_TRUE(gate.Next());
   std::uintptr_t placed;
-  ASSERT_EQ(raw::Mmap(memory.at(0), kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, frames.fd(), 0, &placed), 0);
+  ASSERT_EQ(raw::Mmap(memory.at(0), kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, frames.fd(), 0, &placed),
+            0);
   EXPECT_TRUE(reader.StillWaits());
   EXPECT_EQ(uffd::Wake(gate.fd(), memory.all()), 0);
   reader.Join();
@@ -278,9 +279,9 @@ TEST_F(KernelMove, PinBreaksAMergedPage) {
   if (error) GTEST_SKIP() << "no buffer can be registered here (RLIMIT_MEMLOCK?): " << std::strerror(-error);
 }
 
-// One fork takes "exclusive" off every anonymous page, for ever: MOVE says EBUSY, also long after the child has gone, until
-// the page is written. MADV_POPULATE_WRITE does that without changing a byte; bit 56 of pagemap tells whether a child
-// still maps the page, when it would be a copy and not a healing.
+// One fork takes "exclusive" off every anonymous page, for ever: MOVE says EBUSY, also long after the child has gone,
+// until the page is written. MADV_POPULATE_WRITE does that without changing a byte; bit 56 of pagemap tells whether a
+// child still maps the page, when it would be a copy and not a healing.
 TEST_F(KernelMove, ForkMakesPagesBusyUntilHealed) {
   Uffd staging(kStagingFeatures);
   Memory memory(2), aside(2);
@@ -308,8 +309,8 @@ TEST_F(KernelMove, ForkMakesPagesBusyUntilHealed) {
 
 // --- mremap ----------------------------------------------------------------------------------------------------------
 
-// Under EVENT_REMAP a filled mapping moves over another place with its registration and its protection: there is no moment
-// without a context. The mover waits until the event is read.
+// Under EVENT_REMAP a filled mapping moves over another place with its registration and its protection: there is no
+// moment without a context. The mover waits until the event is read.
 TEST_F(KernelRemap, RegistrationMovesAlong) {
   Uffd breaker(kBreakerFeatures);
   FrameFile frames(2);
@@ -350,8 +351,8 @@ TEST_F(KernelRemap, RegistrationIsLostWithoutTheEvent) {
   EXPECT_TRUE(Look(target.at(0)) & kWritten);  // what is not protected counts as written
 }
 
-// MREMAP_DONTUNMAP takes the pages of a registered range out in one atomic step. The range stays mapped and registered, with
-// nothing present: whoever touches it waits. Broken pages go along, which UFFDIO_MOVE could not take.
+// MREMAP_DONTUNMAP takes the pages of a registered range out in one atomic step. The range stays mapped and registered,
+// with nothing present: whoever touches it waits. Broken pages go along, which UFFDIO_MOVE could not take.
 TEST_F(KernelRemap, TakingPagesKeepsTheRangeRegistered) {
   Uffd breaker(kBreakerFeatures);
   FrameFile frames(3);
@@ -435,8 +436,8 @@ TEST_F(KernelRemap, AdjacentFramesAreOneMapping) {
   mappings.Close();
 }
 
-// Filling a mapping gives it an anon_vma, and mappings with different ones never join. So runs that are attached by mremap
-// stay apart, however well their frames follow each other, unless they were prepared as one mapping.
+// Filling a mapping gives it an anon_vma, and mappings with different ones never join. So runs that are attached by
+// mremap stay apart, however well their frames follow each other, unless they were prepared as one mapping.
 TEST_F(KernelRemap, MovedFramesJoinOnlyIfPreparedTogether) {
   Mappings mappings;
   ASSERT_EQ(mappings.Open(), 0);

@@ -46,8 +46,8 @@ TEST_F(KernelFork, ChildIsUnregisteredWithoutTheEvent) {
   EXPECT_EQ(memory.Word(0), FrameFile::Word(0));
 }
 
-// EVENT_FORK (CAP_SYS_PTRACE): the fork, by whatever call, waits until the event is read; the message carries a context of
-// the child's own, through which pages are put where the child finds none.
+// EVENT_FORK (CAP_SYS_PTRACE): the fork, by whatever call, waits until the event is read; the message carries a context
+// of the child's own, through which pages are put where the child finds none.
 TEST_F(KernelFork, GateHandsOutTheChildsContext) {
   Uffd gate(kGateFeatures | uapi::kFeatureEventFork), staging(kStagingFeatures);
   if (gate.enabled() == -EPERM) GTEST_SKIP() << "EVENT_FORK is not permitted (CAP_SYS_PTRACE)";
@@ -57,9 +57,7 @@ TEST_F(KernelFork, GateHandsOutTheChildsContext) {
   ASSERT_EQ(staging.Register(aside.all(), kMissing), 0);
   ASSERT_EQ(uffd::Move(staging.fd(), aside.at(0), memory.at(0), 2 * kPage).error, 0);
   pid_t child = -1;
-  Worker forker([&] {
-    child = ForkRaw([&] { return memory.Word(1) == FrameFile::Word(1) ? 0 : 1; });
-  });
+  Worker forker([&] { child = ForkRaw([&] { return memory.Word(1) == FrameFile::Word(1) ? 0 : 1; }); });
   ASSERT_TRUE(WaitFor([&] { return gate.HasMessage(); }));
   EXPECT_TRUE(forker.StillWaits());
   auto message = gate.Next();
@@ -79,8 +77,8 @@ TEST_F(KernelFork, GateHandsOutTheChildsContext) {
   close(context);
 }
 
-// The breaker's: the child's copies are registered and protected like the parent's, its discards are events of its context,
-// and its faults are answered from here.
+// The breaker's: the child's copies are registered and protected like the parent's, its discards are events of its
+// context, and its faults are answered from here.
 TEST_F(KernelFork, BreakerServesTheChildsDiscards) {
   Uffd breaker(kBreakerFeatures | uapi::kFeatureEventFork);
   if (breaker.enabled() == -EPERM) GTEST_SKIP() << "EVENT_FORK is not permitted (CAP_SYS_PTRACE)";
@@ -117,8 +115,8 @@ TEST_F(KernelFork, BreakerServesTheChildsDiscards) {
   EXPECT_EQ(memory.Word(1), FrameFile::Word(1));
 }
 
-// The canary: a written private page is mapped more than once exactly as long as some child or grandchild, however made,
-// has it: until the last of them exits or execs.
+// The canary: a written private page is mapped more than once exactly as long as some child or grandchild, however
+// made, has it: until the last of them exits or execs.
 TEST_F(KernelFork, CanaryTellsWhetherAChildHasTheMemory) {
   Memory canary(1);
   canary.Word(0) = 1;
@@ -143,8 +141,9 @@ TEST_F(KernelFork, CanaryTellsWhetherAChildHasTheMemory) {
   EXPECT_EQ(ExitOf(borrowed), 0);
 }
 
-// process_vm_readv pins what it reads, and pinning a page that a child shares makes the kernel copy it. With the program's
-// memory as the local side of process_vm_writev nothing is copied but the bytes: so that is how the library reads.
+// process_vm_readv pins what it reads, and pinning a page that a child shares makes the kernel copy it. With the
+// program's memory as the local side of process_vm_writev nothing is copied but the bytes: so that is how the library
+// reads.
 TEST_F(KernelFork, ReadingByWritevDoesNotCopySharedPages) {
   constexpr std::size_t kPages = 1024;
   Memory memory(kPages), buffer(kPages);
@@ -295,8 +294,8 @@ bool ExitClearsWord(volatile int* word, const std::function<void()>& before_exit
   return true;
 }
 
-// A thread that exits is not served by userfaultfd: behind a shut gate the kernel's clearing of its word is lost, and a join
-// would wait for ever. So pages that hold such words are left out. Under the asynchronous breaker it is right.
+// A thread that exits is not served by userfaultfd: behind a shut gate the kernel's clearing of its word is lost, and a
+// join would wait for ever. So pages that hold such words are left out. Under the asynchronous breaker it is right.
 TEST_F(KernelProcess, ExitingThreadsWordIsLostBehindTheGateOnly) {
   Uffd gate(kGateFeatures), staging(kStagingFeatures), breaker(kBreakerFeatures);
   Memory gated(1), aside(1);
@@ -354,8 +353,8 @@ TEST_F(KernelProcess, FileSizeLimit) {
   EXPECT_EQ(ExitOf(child), 0);
 }
 
-// At the map limit whatever has to split a mapping fails with ENOMEM: a registration or its end in the middle of a range,
-// and an attach. Nothing has changed then.
+// At the map limit whatever has to split a mapping fails with ENOMEM: a registration or its end in the middle of a
+// range, and an attach. Nothing has changed then.
 TEST_F(KernelProcess, MapLimit) {
   char text[32] = {};
   std::int64_t size = ReadSmallFile(AT_FDCWD, "/proc/sys/vm/max_map_count", text, sizeof text - 1);
@@ -374,7 +373,8 @@ TEST_F(KernelProcess, MapLimit) {
       std::uintptr_t place;
       // Mappings of alternating protection never join.
       std::size_t made = 0;
-      while (raw::Mmap(0, kPage, made % 2 ? PROT_READ : PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0, &place) == 0) {
+      while (raw::Mmap(0, kPage, made % 2 ? PROT_READ : PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0,
+                       &place) == 0) {
         ++made;
       }
       if (made < 1000) return 2;
@@ -390,15 +390,16 @@ TEST_F(KernelProcess, MapLimit) {
   EXPECT_EQ(ExitOf(child), 0);
 }
 
-// mremap with MREMAP_DONTUNMAP and no wish for a place has to be given 0: the raw call, not the C library's, which passes on
-// whatever is on its stack.
+// mremap with MREMAP_DONTUNMAP and no wish for a place has to be given 0: the raw call, not the C library's, which
+// passes on whatever is on its stack.
 TEST_F(KernelProcess, TakingToAnyPlace) {
   Memory memory(2);
   memory.Fill();
   for (int i = 0; i < 100; ++i) {
     std::uintptr_t taken = 0;
     ASSERT_EQ(raw::Mremap(memory.at(0), kPage, MREMAP_MAYMOVE | uapi::kMremapDontUnmap, 0, &taken), 0);
-    EXPECT_EQ(*reinterpret_cast<volatile std::uint64_t*>(taken), i == 0 ? FrameFile::Word(0) : static_cast<std::uint64_t>(i));
+    EXPECT_EQ(*reinterpret_cast<volatile std::uint64_t*>(taken),
+              i == 0 ? FrameFile::Word(0) : static_cast<std::uint64_t>(i));
     EXPECT_EQ(memory.Word(0), 0u);
     memory.Word(0) = static_cast<std::uint64_t>(i) + 1;
     ASSERT_EQ(munmap(reinterpret_cast<void*>(taken), kPage), 0);

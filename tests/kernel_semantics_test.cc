@@ -10,7 +10,8 @@ using KernelFrames = KernelTest;
 
 // --- contexts ------------------------------------------------------------------------------------------------------
 
-// A range belongs to one context only: QEMU's own registrations get EBUSY while we hold the memory, and we while it does.
+// A range belongs to one context only: QEMU's own registrations get EBUSY while we hold the memory, and we while it
+// does.
 TEST_F(KernelContexts, SecondRegistrationIsBusy) {
   Uffd first(kTrackerFeatures), second(kGateFeatures);
   Memory memory(2);
@@ -60,8 +61,8 @@ TEST_F(KernelContexts, ReadingFindsNothingAndReturns) {
   EXPECT_FALSE(context.HasMessage());
 }
 
-// A user-mode-only context: a system call that touches a protected page fails with EFAULT instead of waiting. This is why
-// the library refuses to start that way unless told to.
+// A user-mode-only context: a system call that touches a protected page fails with EFAULT instead of waiting. This is
+// why the library refuses to start that way unless told to.
 TEST_F(KernelContexts, UserModeOnlyFailsSystemCalls) {
   Uffd context(uapi::kFeaturePagefaultFlagWp, /*user_mode_only=*/true);
   ASSERT_EQ(context.enabled(), 0);
@@ -205,7 +206,8 @@ TEST_F(KernelTracking, HugePageIsSplitByTheFirstWrite) {
   EXPECT_FALSE(run.categories & kHuge);
 }
 
-// --- frames: private mappings of a memory file under the breaker ------------------------------------------------------
+// --- frames: private mappings of a memory file under the breaker
+// ------------------------------------------------------
 
 // CONTINUE with the write-protect mode fills the page table from the page cache, protected; the first write is then
 // resolved by the kernel without a message, and leaves the file's bytes as they were.
@@ -226,7 +228,8 @@ TEST_F(KernelFrames, AsynchronousBreakLeavesTheFrame) {
   EXPECT_EQ(TakeWritten(memory.all()), (std::vector<std::size_t>{1}));
 }
 
-// The synchronous breaker: the write is a message; clearing the protection lets the kernel copy and releases the writer.
+// The synchronous breaker: the write is a message; clearing the protection lets the kernel copy and releases the
+// writer.
 TEST_F(KernelFrames, SynchronousBreakIsDeliveredAndReleased) {
   Uffd breaker(kSyncBreakerFeatures);
   FrameFile frames(2);
@@ -236,7 +239,8 @@ TEST_F(KernelFrames, SynchronousBreakIsDeliveredAndReleased) {
   auto message = breaker.Next();
   ASSERT_TRUE(message);
   EXPECT_EQ(message->event, UFFD_EVENT_PAGEFAULT);
-  EXPECT_EQ(message->arg.pagefault.flags, static_cast<std::uint64_t>(UFFD_PAGEFAULT_FLAG_WP | UFFD_PAGEFAULT_FLAG_WRITE));
+  EXPECT_EQ(message->arg.pagefault.flags,
+            static_cast<std::uint64_t>(UFFD_PAGEFAULT_FLAG_WP | UFFD_PAGEFAULT_FLAG_WRITE));
   EXPECT_TRUE(writer.StillWaits());
   ASSERT_EQ(breaker.Protect(memory.span(1, 1), false), 0);
   writer.Join();
@@ -267,8 +271,8 @@ TEST_F(KernelFrames, PunchedFrameGivesAMissingFault) {
   EXPECT_EQ(memory.Word(1), FrameFile::Word(1));
 }
 
-// A discard of merged pages: the event first, and the discarding thread waits until it is read; then the pages are gone and
-// the next touch is a MINOR fault, because the page cache still has the frame.
+// A discard of merged pages: the event first, and the discarding thread waits until it is read; then the pages are gone
+// and the next touch is a MINOR fault, because the page cache still has the frame.
 TEST_F(KernelFrames, DiscardGivesRemoveThenMinor) {
   Uffd breaker(kBreakerFeatures);
   FrameFile frames(2);
@@ -300,8 +304,8 @@ TEST_F(KernelFrames, DiscardGivesRemoveThenMinor) {
   EXPECT_EQ(frames.Stored(0), FrameFile::Word(0));
 }
 
-// The zap leaves the write-protect mark in the page table. ZEROPAGE does not go over it (EEXIST); with the mark cleared it
-// does, and no anonymous mapping is needed to give zeros.
+// The zap leaves the write-protect mark in the page table. ZEROPAGE does not go over it (EEXIST); with the mark cleared
+// it does, and no anonymous mapping is needed to give zeros.
 TEST_F(KernelFrames, ZeroPageNeedsTheMarkCleared) {
   Uffd breaker(kBreakerFeatures);
   FrameFile frames(2);
@@ -393,8 +397,8 @@ TEST_F(KernelFrames, ProtectingTheRunCatchesWhatAReadMappedBefore) {
   EXPECT_EQ(TakeWritten(memory.all()), (std::vector<std::size_t>{3, 9}));
 }
 
-// Punching frees the frame at once for everybody: a private mapping that had not copied reads zeros, one that had keeps its
-// copy.
+// Punching frees the frame at once for everybody: a private mapping that had not copied reads zeros, one that had keeps
+// its copy.
 TEST_F(KernelFrames, PunchedHoleReadsZero) {
   FrameFile frames(2);
   Memory reader(2, &frames), writer(2, &frames);
@@ -406,8 +410,8 @@ TEST_F(KernelFrames, PunchedHoleReadsZero) {
   EXPECT_EQ(writer.Word(0), 5u);
 }
 
-// A file that is sealed against writing cannot be punched any more. The pool's files carry no seal: members get read-only
-// descriptors instead.
+// A file that is sealed against writing cannot be punched any more. The pool's files carry no seal: members get
+// read-only descriptors instead.
 TEST_F(KernelFrames, SealsForbidPunching) {
   FrameFile plain(1);
   EXPECT_EQ(PunchPoolFile(plain.file(), 0, kPage), 0);
@@ -432,9 +436,9 @@ TEST_F(KernelFrames, CategoriesOfEachState) {
   ASSERT_EQ(uffd::ZeroPage(breaker.fd(), memory.span(3, 1)).error, 0);
   anonymous.Word(0) = 1;
   EXPECT_EQ(anonymous.Word(1), 0u);
-  EXPECT_EQ(Look(memory.at(0)), kPresent | kFile);                             // merged
-  EXPECT_EQ(Look(memory.at(1)), kPresent | kWritten);                          // broken
-  EXPECT_EQ(Look(memory.at(2)) & (kPresent | kSwapped | kFile), kSwapped);     // discarded: the mark looks like swap
+  EXPECT_EQ(Look(memory.at(0)), kPresent | kFile);                          // merged
+  EXPECT_EQ(Look(memory.at(1)), kPresent | kWritten);                       // broken
+  EXPECT_EQ(Look(memory.at(2)) & (kPresent | kSwapped | kFile), kSwapped);  // discarded: the mark looks like swap
   EXPECT_EQ(Look(memory.at(3)) & (kPresent | kPfnZero | kFile), kPresent | kPfnZero);  // zero
   EXPECT_EQ(Look(anonymous.at(0)) & (kPresent | kFile), kPresent);
   EXPECT_EQ(Look(anonymous.at(1)) & (kPresent | kPfnZero), kPresent | kPfnZero);
@@ -454,7 +458,8 @@ TEST_F(KernelFrames, SwappedFrameGivesMinorWithoutADiscard) {
   Memory memory(16, &frames);
   Merge(breaker, memory, memory.all());
   ASSERT_EQ(madvise(memory.Pointer(0), 16 * kPage, MADV_PAGEOUT), 0);
-  if (!WaitFor([&] { return !(Look(memory.at(0)) & kPresent); }, 2000)) GTEST_SKIP() << "the kernel would not reclaim it";
+  if (!WaitFor([&] { return !(Look(memory.at(0)) & kPresent); }, 2000))
+    GTEST_SKIP() << "the kernel would not reclaim it";
   std::uint64_t seen = 0;
   Worker reader([&] { seen = memory.Word(0); });
   auto message = breaker.Next(2000);

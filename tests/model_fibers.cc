@@ -47,8 +47,7 @@ void Fibers::Main() {
     try {
       events_();
     } catch (const Livelock& e) {
-      failed_ = true;
-      why_ = "the event thread does not come to an end";
+      failure_ = std::string("event thread: ") + e.what();
     }
     half_done_ = false;
     Interrupt();
@@ -61,10 +60,6 @@ void Fibers::RunEvents() {
   swapcontext(&scanner_, &event_);
   FINISH_SWITCH(scanner_stack_, nullptr, nullptr);
   in_events_ = false;
-  if (failed_) {
-    failed_ = false;
-    throw Livelock(why_);
-  }
 }
 
 void Fibers::Interrupt() {

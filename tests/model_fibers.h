@@ -31,6 +31,8 @@ class Fibers {
   bool in_events() const { return in_events_; }
   // The event thread is in the middle of a HandleEvents.
   bool events_half_done() const { return half_done_; }
+  // What was thrown through HandleEvents, or nothing.
+  const std::string& failure() const { return failure_; }
   // Scanner: the event thread runs until it is interrupted or has done one HandleEvents.
   void RunEvents();
   // Event thread: the scanner runs on, until it calls RunEvents again.
@@ -48,8 +50,8 @@ class Fibers {
   std::function<void()> events_;
   std::vector<char> stack_;
   ucontext_t scanner_{}, event_{};
-  bool in_events_ = false, half_done_ = false, failed_ = false;
-  const char* why_ = nullptr;
+  bool in_events_ = false, half_done_ = false;
+  std::string failure_;
   // For the address sanitizer: the fake stacks.
   void* scanner_stack_ = nullptr;
   void* event_stack_ = nullptr;

@@ -36,7 +36,11 @@ constexpr int kFailureCount = static_cast<int>(sizeof kFailures / sizeof kFailur
 }  // namespace
 
 int World::Boundary(os::FakeCall& call, bool after) {
-  if (fake_.calls() - calls_at_op_ > kMaxCalls) {
+  if (after) {
+    // Comes from a destructor: nothing may be thrown.
+  } else if (fibers_ && !fibers_->in_events() && !fibers_->failure().empty()) {
+    throw Livelock(fibers_->failure());
+  } else if (fake_.calls() - calls_at_op_ > kMaxCalls) {
     settling_ = true;
     calls_at_op_ = fake_.calls() + (std::uint64_t{1} << 40);  // once; what unwinds may call
     throw Livelock(std::string("no end of calls; the last one is ") + call.name);

@@ -105,6 +105,7 @@ void World::RunAll() {
     }
     Do(op);
     if (!fake_.violations().empty()) Fail(fake_.violations()[0]);
+    if (!fibers_->failure().empty()) throw Livelock(fibers_->failure());
     if (result_.failed) break;
   }
   op_ = -1;
@@ -241,7 +242,7 @@ void World::LibraryCall(const Op& op) {
       error = engine_->Unmap(span);
       if (error != 0) each([](Page& p, int) { p.mapped = true; });
       break;
-    case OpKind::kMerge: error = engine_->Merge(span, nullptr, nullptr); break;
+    case OpKind::kMerge: error = engine_->Merge(span, [](void*) { return false; }, nullptr); break;
     case OpKind::kStep:
       for (int i = 0; i < op.a; ++i) engine_->Step();
       break;

@@ -28,14 +28,21 @@ bool ForEachMapping(os::System& system, Span span, F&& f) {
 }
 }  // namespace
 
+// The part of the next region in the span, from *at on; *at goes on behind it. The list may change in between.
+bool Engine::NextIn(Span span, Address* at, Region* part) const {
+  const Region* found = *at < span.end() ? regions_.Next(*at) : nullptr;
+  if (!found || found->start >= span.end()) return false;
+  *part = *found;
+  part->start = std::max(found->start, *at);
+  *at = part->end = std::min(found->end, span.end());
+  return true;
+}
+
 int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
   ApplyMoves();
   // Old knowledge about addresses that have been released, or unmapped without a word, must not be taken for the new.
-  for (const Region* region = regions_.Next(span.start); region && region->start < span.end();) {
-    const Region old = *region;
-    Audit(old);
-    region = regions_.Next(old.end);
-  }
+  Region old;
+  for (Address at = span.start; NextIn(span, &at, &old);) Audit(old);
   bool any = false, ineligible = false, foreign = false;
   int failure = 0;
   const bool holes = ForEachMapping(system_, span, [&](Span part, const os::Mapping& mapping) {
@@ -196,21 +203,17 @@ int Engine::UnmergeRange(const Region& region, Span span) {
 
 int Engine::Unmerge(Span span) {
   ApplyMoves();
-  for (const Region* found = regions_.Next(span.start); found && found->start < span.end();) {
-    const Region region = *found;
-    const Address low = std::max(span.start, region.start), high = std::min(span.end(), region.end);
-    const Span part{low, high - low};
+  Region region;
+  for (Address at = span.start; NextIn(span, &at, &region);) {
+    const Span part = region.span();
     if (region.kind == Region::kMergeable) {
       if (int error = UnmergeRange(region, part)) return error;
       Untrack(part);
       Region retired = region;
-      retired.start = part.start;
-      retired.end = part.end();
       retired.kind = Region::kRetired;
       if (!regions_.Set(retired)) return -ENOMEM;
       Audit(retired);  // nothing of it lies in a run's mapping: forgotten at once
     }
-    found = regions_.Next(high);
   }
   pool_.Reclaim(&Engine::ForgetFrame, this);
   return 0;
@@ -231,9 +234,9 @@ int Engine::UnmergeAll(bool forget) {
 
 int Engine::Release(Span span) {
   ApplyMoves();
-  for (const Region* found = regions_.Next(span.start); found && found->start < span.end();) {
-    const Region region = *found;
-    const Span part{std::max(span.start, region.start), std::min(span.end(), region.end) - std::max(span.start, region.start)};
+  Region region;
+  for (Address at = span.start; NextIn(span, &at, &region);) {
+    const Span part = region.span();
     if (region.kind == Region::kMergeable) {
       Untrack(part);
       bool covers = false;
@@ -261,12 +264,9 @@ int Engine::Release(Span span) {
         segment->expected_present = segment->unsettled = 0;
       }
       Region released = region;
-      released.start = part.start;
-      released.end = part.end();
       released.kind = Region::kReleased;
       if (covers ? !regions_.Set(released) : !regions_.Erase(part)) return -ENOMEM;
     }
-    found = regions_.Next(part.end());
   }
   return 0;
 }
@@ -335,20 +335,16 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   gate_.Repair();
   mappings_at_pass_ = 0;
   attributes_at_ = 0;
-  for (const Region* found = regions_.Next(span.start); found && found->start < span.end();) {
-    const Region region = *found;
-    const Address from = std::max(span.start, region.start), to = std::min(span.end(), region.end);
-    if (region.kind == Region::kMergeable) {
-      Address at = from;
-      while (at < to) {
-        if (cancelled(cookie)) return -EINTR;
-        const Address chunk_end = chunk_ < to - at ? at + chunk_ : to;
-        Address swept_to = chunk_end;
-        Sweep(region, at, chunk_end, true, &swept_to);
-        at = swept_to > at ? swept_to : chunk_end;
-      }
+  Region region;
+  for (Address next = span.start; NextIn(span, &next, &region);) {
+    if (region.kind != Region::kMergeable) continue;
+    for (Address at = region.start; at < region.end;) {
+      if (cancelled(cookie)) return -EINTR;
+      const Address chunk_end = chunk_ < region.end - at ? at + chunk_ : region.end;
+      Address swept_to = chunk_end;
+      Sweep(region, at, chunk_end, true, &swept_to);
+      at = swept_to > at ? swept_to : chunk_end;
     }
-    found = regions_.Next(to);
   }
   if (pool_.ReclaimDue()) pool_.Reclaim(&Engine::ForgetFrame, this);
   now_ = false;

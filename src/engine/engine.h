@@ -169,6 +169,7 @@ class Engine {
   bool IsPrivate(Address a);
 
   // commands.cc
+  bool NextIn(Span span, Address* at, Region* part) const;
   int UnmergeRange(const Region& region, Span span);
   int PopulateRun(const Region& region, Span run);
   void Untrack(Span span);

@@ -72,7 +72,8 @@ int LinuxSystem::OpenDescriptor(const LinuxOptions& options, ErrorText* error) {
   if (fd == -EPERM) {
     error->Set(
         "This process may not use userfaultfd. As root run `sysctl vm.unprivileged_userfaultfd=1`, or give its user "
-        "access to the device (`setfacl -m u:USER:rw /dev/userfaultfd`), or start it with CAP_SYS_PTRACE; in a container "
+        "access to the device (`setfacl -m u:USER:rw /dev/userfaultfd`), or start it with CAP_SYS_PTRACE; in a "
+        "container "
         "the seccomp profile has to allow userfaultfd too.");
   } else if (fd == -ENOSYS) {
     error->Set("This kernel is built without userfaultfd (CONFIG_USERFAULTFD).");
@@ -112,7 +113,8 @@ int LinuxSystem::OpenAll(const LinuxOptions& options, ErrorText* error) {
   // First of all, so that its number is as low as can be: see ReadEvents.
   spare_fd_ = raw::Repeat([] { return open("/proc/self/maps", O_RDONLY | O_CLOEXEC); });
   if (spare_fd_ < 0) {
-    error->Set(spare_fd_ == -EMFILE ? "No descriptors: raise RLIMIT_NOFILE." : "/proc/self/maps cannot be opened: is /proc mounted?");
+    error->Set(spare_fd_ == -EMFILE ? "No descriptors: raise RLIMIT_NOFILE."
+                                    : "/proc/self/maps cannot be opened: is /proc mounted?");
     return spare_fd_;
   }
   int scratch = OpenDescriptor(options, error);
@@ -127,7 +129,8 @@ int LinuxSystem::OpenAll(const LinuxOptions& options, ErrorText* error) {
                                       uapi::kFeatureEventRemap | uapi::kFeatureEventFork;
   constexpr std::uint64_t kFeaturesOf[kNamedContexts] = {
       /* kTracker */ kProtecting | uapi::kFeatureWpAsync | uapi::kFeatureWpUnpopulated,
-      /* kGate */ uapi::kFeaturePagefaultFlagWp | uapi::kFeatureMove | uapi::kFeatureEventRemove | uapi::kFeatureEventFork,
+      /* kGate */ uapi::kFeaturePagefaultFlagWp | uapi::kFeatureMove | uapi::kFeatureEventRemove |
+          uapi::kFeatureEventFork,
       /* kStaging */ uapi::kFeatureMove,
       /* kBreaker */ kBreaking | uapi::kFeatureWpAsync,
       /* kSyncBreaker */ kBreaking,
@@ -137,8 +140,9 @@ int LinuxSystem::OpenAll(const LinuxOptions& options, ErrorText* error) {
   }
 
   if (int failed = pagemap_.Open(page_bytes_)) {
-    error->Set(failed == -ENOSYS ? "The kernel is too old; Linux 6.8 or later is needed. It lacks PAGEMAP_SCAN (Linux 6.7)."
-                                 : "/proc/self/pagemap cannot be opened: is /proc mounted?");
+    error->Set(failed == -ENOSYS
+                   ? "The kernel is too old; Linux 6.8 or later is needed. It lacks PAGEMAP_SCAN (Linux 6.7)."
+                   : "/proc/self/pagemap cannot be opened: is /proc mounted?");
     return failed;
   }
   if (int failed = mappings_.Open()) {
@@ -149,7 +153,8 @@ int LinuxSystem::OpenAll(const LinuxOptions& options, ErrorText* error) {
   memory_.Open();
   if (options.io_uring_batches) features_.io_uring = batch_.OpenRing() == 0;
 
-  if (int failed = raw::Mmap(0, page_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &idle_page_)) {
+  if (int failed =
+          raw::Mmap(0, page_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &idle_page_)) {
     error->Set("No memory for the library's own tables.");
     return failed;
   }
@@ -164,8 +169,8 @@ int LinuxSystem::OpenAll(const LinuxOptions& options, ErrorText* error) {
     return bell_fd_;
   }
 
-  ProbeContexts contexts{contexts_[kTracker],       contexts_[kGate],            contexts_[kStaging], contexts_[kBreaker],
-                         options.user_mode_only, options.refuse_kernel_faults};
+  ProbeContexts contexts{contexts_[kTracker], contexts_[kGate],       contexts_[kStaging],
+                         contexts_[kBreaker], options.user_mode_only, options.refuse_kernel_faults};
   return ProbeKernel(contexts, pagemap_, page_bytes_, error);
 }
 
@@ -338,9 +343,10 @@ int LinuxSystem::ReadSharing(Address start, Sharing* out, std::size_t pages) {
 }
 
 std::size_t LinuxSystem::ReadProgram(Address from, void* to, std::size_t bytes) {
-  // process_vm_writev into our own buffer, not readv from the program's memory: readv pins what it reads, and pinning an
-  // anonymous page that a forked child shares (or that KSM holds) makes the kernel copy it. Measured on 6.18: reading
-  // 64 MiB with a child alive took 64 MiB. As the local side, the program's memory is read as by any system call.
+  // process_vm_writev into our own buffer, not readv from the program's memory: readv pins what it reads, and pinning
+  // an anonymous page that a forked child shares (or that KSM holds) makes the kernel copy it. Measured on 6.18:
+  // reading 64 MiB with a child alive took 64 MiB. As the local side, the program's memory is read as by any system
+  // call.
   std::size_t done = 0;
   while (done < bytes) {
     iovec source{reinterpret_cast<void*>(from + done), bytes - done};

@@ -49,7 +49,8 @@ int OpenText(const char* path) {
 
 bool ParseMapsLine(std::string_view line, Mapping* out, std::string_view* name) {
   std::uint64_t start, end, offset, major_number, minor_number, inode;
-  if (!TakeHex(&line, &start) || !TakePrefix(&line, "-") || !TakeHex(&line, &end) || !TakePrefix(&line, " ")) return false;
+  if (!TakeHex(&line, &start) || !TakePrefix(&line, "-") || !TakeHex(&line, &end) || !TakePrefix(&line, " "))
+    return false;
   std::string_view permissions = TakeWord(&line);
   if (permissions.size() != 4) return false;
   if (!TakeHex(&line, &offset) || !TakePrefix(&line, " ")) return false;
@@ -82,18 +83,30 @@ void ParseSmapsLine(std::string_view line, Attributes* attributes) {
   SkipSpaces(&line);
   while (!line.empty()) {
     std::string_view flag = TakeWord(&line);
-    if (flag == "dc") attributes->dont_fork = true;
-    else if (flag == "dd") attributes->dont_dump = true;
-    else if (flag == "hg") attributes->huge_page = true;
-    else if (flag == "nh") attributes->no_huge_page = true;
-    else if (flag == "wf") attributes->wipe_on_fork = true;
-    else if (flag == "lo") attributes->locked = true;
-    else if (flag == "mg") attributes->mergeable = true;
-    else if (flag == "sl") attributes->sealed = true;
-    else if (flag == "ht") attributes->hugetlb = true;
-    else if (flag == "pf" || flag == "mm" || flag == "io") attributes->pfn_map = true;
-    else if (flag == "gd") attributes->grows_down = true;
-    else if (flag == "um" || flag == "uw" || flag == "ui") attributes->userfault = true;
+    if (flag == "dc")
+      attributes->dont_fork = true;
+    else if (flag == "dd")
+      attributes->dont_dump = true;
+    else if (flag == "hg")
+      attributes->huge_page = true;
+    else if (flag == "nh")
+      attributes->no_huge_page = true;
+    else if (flag == "wf")
+      attributes->wipe_on_fork = true;
+    else if (flag == "lo")
+      attributes->locked = true;
+    else if (flag == "mg")
+      attributes->mergeable = true;
+    else if (flag == "sl")
+      attributes->sealed = true;
+    else if (flag == "ht")
+      attributes->hugetlb = true;
+    else if (flag == "pf" || flag == "mm" || flag == "io")
+      attributes->pfn_map = true;
+    else if (flag == "gd")
+      attributes->grows_down = true;
+    else if (flag == "um" || flag == "uw" || flag == "ui")
+      attributes->userfault = true;
   }
 }
 
@@ -211,8 +224,8 @@ std::size_t Mappings::Count() const {
   for (;;) {
     ssize_t got = raw::Repeat([&] { return read(fd.get(), buffer, sizeof buffer); });
     if (got <= 0) return count;
-    for (const char* at = buffer; (at = static_cast<const char*>(
-                                       std::memchr(at, '\n', static_cast<std::size_t>(buffer + got - at)))) != nullptr;) {
+    for (const char* at = buffer; (at = static_cast<const char*>(std::memchr(
+                                       at, '\n', static_cast<std::size_t>(buffer + got - at)))) != nullptr;) {
       ++count;
       ++at;
     }

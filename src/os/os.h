@@ -66,7 +66,7 @@ struct ScanRequest {
   std::uint32_t inverted = 0;  // these count as set when they are clear
   std::uint32_t any_of = 0;    // if not 0: at least one of these
   std::uint32_t returned = 0;  // reported in PageRun::categories
-  bool write_protect = false;  // re-arm the pages found (fails with -EPERM outside an asynchronous WP registration)
+  bool write_protect = false;  // re-arm the pages found; mappings outside an asynchronous WP registration are passed over
 };
 struct ScanResult {
   int error = 0;

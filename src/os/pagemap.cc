@@ -12,7 +12,8 @@ namespace ksmu::os {
 
 // The kernel writes its runs straight into the caller's: same size, same places, and the upper half of the kernel's
 // 64-bit categories falls into the padding.
-static_assert(sizeof(PageRun) == sizeof(uapi::PageRegion) && offsetof(PageRun, end) == offsetof(uapi::PageRegion, end) &&
+static_assert(sizeof(PageRun) == sizeof(uapi::PageRegion) &&
+              offsetof(PageRun, end) == offsetof(uapi::PageRegion, end) &&
               offsetof(PageRun, categories) == offsetof(uapi::PageRegion, categories));
 static_assert(std::endian::native == std::endian::little);
 
@@ -45,7 +46,7 @@ ScanResult Pagemap::Scan(Span span, const ScanRequest& request, PageRun* runs, s
   scan.category_mask = request.required;
   scan.category_anyof_mask = request.any_of;
   scan.return_mask = request.returned;
-  if (request.write_protect) scan.flags = uapi::kScanWpMatching | uapi::kScanCheckWpAsync;
+  if (request.write_protect) scan.flags = uapi::kScanWpMatching;
   int found = raw::Repeat([&] { return ioctl(fd_, uapi::kIocPagemapScan, &scan); });
   ScanResult result;
   result.error = found < 0 ? found : 0;
@@ -60,7 +61,8 @@ int Pagemap::ReadSharing(Address start, Sharing* out, std::size_t pages) const {
   while (pages > 0) {
     std::size_t batch = pages < kBatch ? pages : kBatch;
     ssize_t bytes = raw::Repeat([&] {
-      return pread(fd_, entries, batch * sizeof entries[0], static_cast<off_t>(start / page_bytes_ * sizeof entries[0]));
+      return pread(fd_, entries, batch * sizeof entries[0],
+                   static_cast<off_t>(start / page_bytes_ * sizeof entries[0]));
     });
     if (bytes < 0) return static_cast<int>(bytes);
     std::size_t got = static_cast<std::size_t>(bytes) / sizeof entries[0];

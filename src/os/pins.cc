@@ -36,8 +36,8 @@ bool IsOneOf(std::string_view name, const std::string_view (&names)[N]) {
 // 6.13), dma-buf, io_uring (looked at apart), vfio, kvm devices (kvm-vfio).
 bool HarmlessAnonInode(std::string_view name) {
   static constexpr std::string_view kHarmless[] = {
-      "[eventfd]", "[timerfd]", "[signalfd]", "inotify", "[inotify]", "[eventpoll]", "[userfaultfd]", "[pidfd]",
-      "[fanotify]", "[perf_event]", "kvm-vm", "[kvm-vm]", "kvm-vm-stats", "kvm-vcpu-stats",
+      "[eventfd]", "[timerfd]",  "[signalfd]",   "inotify", "[inotify]", "[eventpoll]",  "[userfaultfd]",
+      "[pidfd]",   "[fanotify]", "[perf_event]", "kvm-vm",  "[kvm-vm]",  "kvm-vm-stats", "kvm-vcpu-stats",
   };
   return IsOneOf(name, kHarmless) || name.substr(0, 9) == "kvm-vcpu:";
 }
@@ -245,7 +245,8 @@ bool MappingsHarmless(const PinPolicy& policy, const Span* own_rings, std::size_
   while (harmless && lines.Next(&line)) {
     Mapping mapping;
     if (!ParseMapsLine(line, &mapping, &name)) continue;
-    bool ours = std::any_of(own_rings, own_rings + own_ring_count, [&](Span ring) { return ring.contains(mapping.start); });
+    bool ours =
+        std::any_of(own_rings, own_rings + own_ring_count, [&](Span ring) { return ring.contains(mapping.start); });
     harmless = ours || HarmlessMapping(mapping, name, policy);
   }
   harmless = harmless && lines.error() == 0;
@@ -258,7 +259,8 @@ bool MappingsHarmless(const PinPolicy& policy, const Span* own_rings, std::size_
 bool NoLongTermPins(const OwnThreads& own, const PinPolicy& policy, const Span* own_rings, std::size_t own_ring_count) {
   if (!NothingAccountedAsPinned()) return false;
   TablesCheck check{own, policy};
-  if (ForEachThread([](void* v, int thread) { return static_cast<TablesCheck*>(v)->Visit(thread); }, &check) < 0) return false;
+  if (ForEachThread([](void* v, int thread) { return static_cast<TablesCheck*>(v)->Visit(thread); }, &check) < 0)
+    return false;
   return check.harmless && MappingsHarmless(policy, own_rings, own_ring_count);
 }
 

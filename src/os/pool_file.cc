@@ -25,7 +25,8 @@ int CreatePoolFile(std::size_t bytes, File* out) {
   // Not executable: vm.memfd_noexec=2 demands it. EINVAL: a kernel before 6.3.
   int fd = static_cast<int>(
       raw::Repeat([] { return syscall(SYS_memfd_create, "ksmu-frames", MFD_CLOEXEC | uapi::kMfdNoexecSeal); }));
-  if (fd == -EINVAL) fd = static_cast<int>(raw::Repeat([] { return syscall(SYS_memfd_create, "ksmu-frames", MFD_CLOEXEC); }));
+  if (fd == -EINVAL)
+    fd = static_cast<int>(raw::Repeat([] { return syscall(SYS_memfd_create, "ksmu-frames", MFD_CLOEXEC); }));
   if (fd < 0) return fd;
   int error = raw::Repeat([&] { return ftruncate(fd, static_cast<off_t>(bytes)); });
   struct stat status {};

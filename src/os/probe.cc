@@ -112,8 +112,10 @@ class Probe {
     Byte(memory) = 1;
     Byte(memory + page_) = 2;
     Span both{memory, 2 * page_};
-    if (int error = uffd::Register(contexts_.tracker, both, kWriteProtect)) return Failed(error, "asynchronous write protection");
-    if (int error = uffd::WriteProtect(contexts_.tracker, both, true)) return Failed(error, "asynchronous write protection");
+    if (int error = uffd::Register(contexts_.tracker, both, kWriteProtect))
+      return Failed(error, "asynchronous write protection");
+    if (int error = uffd::WriteProtect(contexts_.tracker, both, true))
+      return Failed(error, "asynchronous write protection");
     ScanRequest written;
     written.required = kWritten;
     written.returned = kWritten;
@@ -129,16 +131,18 @@ class Probe {
     if (int error = uffd::Unregister(contexts_.tracker, both)) return Failed(error, "ending a registration");
 
     if (int error = uffd::Register(contexts_.gate, {memory, page_}, kMissing)) return Failed(error, "the gate");
-    if (int error = uffd::Register(contexts_.staging, {staging, 2 * page_}, kMissing)) return Failed(error, "the staging");
+    if (int error = uffd::Register(contexts_.staging, {staging, 2 * page_}, kMissing))
+      return Failed(error, "the staging");
     Partial moved = uffd::Move(contexts_.staging, staging, memory, page_);
     if (moved.error) return Failed(moved.error, "UFFDIO_MOVE");
-    if ((Categories(memory) & kPresent) || !(Categories(staging) & kPresent) || Byte(staging) != 3) return Missing("UFFDIO_MOVE");
+    if ((Categories(memory) & kPresent) || !(Categories(staging) & kPresent) || Byte(staging) != 3)
+      return Missing("UFFDIO_MOVE");
     if (int error = uffd::Unregister(contexts_.gate, {memory, page_})) return Failed(error, "ending a registration");
     return 0;
   }
 
-  // Breaker: a private mapping of a memory file is filled write-protected; a write is copied by the kernel and leaves the
-  // file's bytes; a page that is not there can be made zero.
+  // Breaker: a private mapping of a memory file is filled write-protected; a write is copied by the kernel and leaves
+  // the file's bytes; a page that is not there can be made zero.
   int ShareAndBreak() {
     Address page = 0;
     if (int error = CreatePoolFile(2 * page_, &file_)) return Failed(error, "memfd_create");
@@ -178,17 +182,19 @@ class Probe {
     uffd::Door door;
     plain_ = uffd::Open(contexts_.allow_user_mode_only, contexts_.refuse_kernel_faults, &door);
     if (plain_ < 0) return Failed(plain_, "another userfaultfd");
-    constexpr std::uint64_t kFeatures = uapi::kFeatureWpAsync | uapi::kFeatureWpHugetlbfsShmem | uapi::kFeatureMinorShmem |
-                                        uapi::kFeaturePagefaultFlagWp;
+    constexpr std::uint64_t kFeatures = uapi::kFeatureWpAsync | uapi::kFeatureWpHugetlbfsShmem |
+                                        uapi::kFeatureMinorShmem | uapi::kFeaturePagefaultFlagWp;
     if (int error = uffd::Enable(plain_, kFeatures)) return Failed(error, "another userfaultfd");
-    if (int error = uffd::Register(plain_, {shared_, 2 * page_}, kWriteProtect | kMinor)) return Failed(error, "registration");
+    if (int error = uffd::Register(plain_, {shared_, 2 * page_}, kWriteProtect | kMinor))
+      return Failed(error, "registration");
     Address taken = 0;
     if (int error = raw::Mremap(shared_, 2 * page_, MREMAP_MAYMOVE | uapi::kMremapDontUnmap, 0, &taken)) {
       return Failed(error, "MREMAP_DONTUNMAP of a private file mapping");
     }
     Keep({taken, 2 * page_});
     // Protecting succeeds only where the range is registered still.
-    if ((Categories(shared_) & kPresent) || Byte(taken) != 8 || uffd::WriteProtect(plain_, {shared_, page_}, true) != 0) {
+    if ((Categories(shared_) & kPresent) || Byte(taken) != 8 ||
+        uffd::WriteProtect(plain_, {shared_, page_}, true) != 0) {
       return Missing("MREMAP_DONTUNMAP keeping the registration");
     }
     return 0;

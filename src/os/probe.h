@@ -23,8 +23,8 @@ struct ProbeContexts {
 // The features that are missing from what the kernel offers, named in *error. 0 or -ENOSYS.
 int CheckFeatures(std::uint64_t offered, ErrorText* error);
 
-// Does it: arm and scan, move, fill and break and zero a private mapping of a memfd, take its pages, heal. 0, -ENOSYS with
-// a sentence that names what failed, or another -errno where memory or descriptors are short.
+// Does it: arm and scan, move, fill and break and zero a private mapping of a memfd, take its pages, heal. 0, -ENOSYS
+// with a sentence that names what failed, or another -errno where memory or descriptors are short.
 int ProbeKernel(const ProbeContexts& contexts, const Pagemap& pagemap, std::size_t page_bytes, ErrorText* error);
 
 }  // namespace ksmu::os

@@ -103,9 +103,7 @@ struct WordVisit {
     if (!stopped && !each(cookie, address)) stopped = true;
     return !stopped;
   }
-  bool VisitEntry(Address entry, long offset) {
-    return Visit(entry) && Visit(entry + static_cast<Address>(offset));
-  }
+  bool VisitEntry(Address entry, long offset) { return Visit(entry) && Visit(entry + static_cast<Address>(offset)); }
   bool VisitThread(int thread) {
     if (own.Contains(thread)) return true;
     Address head = 0;
@@ -129,9 +127,7 @@ struct WordVisit {
     }
     return true;
   }
-  std::size_t ReadProgram(Address from, void* to, std::size_t bytes) {
-    return system.ReadProgram(from, to, bytes);
-  }
+  std::size_t ReadProgram(Address from, void* to, std::size_t bytes) { return system.ReadProgram(from, to, bytes); }
 };
 
 }  // namespace
@@ -176,8 +172,8 @@ std::uint64_t FindValue(std::string_view text, std::string_view name) {
 }  // namespace
 
 void MemoryBudget::Open() {
-  // /proc/self/cgroup: "0::/path" (version 2), "4:memory:/path" (version 1). Where version 1 holds the memory controller,
-  // version 2 does not.
+  // /proc/self/cgroup: "0::/path" (version 2), "4:memory:/path" (version 1). Where version 1 holds the memory
+  // controller, version 2 does not.
   char buffer[4096];
   PathBuffer group;
   bool found1 = false, found2 = false;
@@ -252,7 +248,8 @@ std::uint64_t MemoryBudget::Headroom(const PathBuffer& directory, bool version2,
                                  : FindValue(text, "total_inactive_file") + FindValue(text, "total_active_file") / 2;
   std::uint64_t headroom = limit > used ? limit - used : 0;
   headroom += std::min(cache, used);
-  if (version2) {  // version 1 accounts memory and swap in one figure that says nothing of the room left in memory alone
+  if (version2) {  // version 1 accounts memory and swap in one figure that says nothing of the room left in memory
+                   // alone
     std::uint64_t swap_limit = ReadBytes(directory, "/memory.swap.max");
     std::uint64_t swap_used = ReadBytes(directory, "/memory.swap.current");
     std::uint64_t swap = free_swap;

@@ -49,8 +49,8 @@ class MemoryBudget {
   // Headroom of one cgroup; UINT64_MAX where it is unlimited or unreadable.
   static std::uint64_t Headroom(const PathBuffer& directory, bool version2, std::uint64_t free_swap);
 
-  PathBuffer directory_;           // of the innermost cgroup that can be read
-  std::size_t mount_length_ = 0;   // of the part that is the mount point
+  PathBuffer directory_;          // of the innermost cgroup that can be read
+  std::size_t mount_length_ = 0;  // of the part that is the mount point
   bool version2_ = false;
 };
 

@@ -20,9 +20,9 @@ auto Repeat(Call call) -> decltype(call()) {
   }
 }
 
-// mmap and mremap return addresses; an error is one of the last 4095 values. Through syscall(2), because the C library's
-// mremap hands the kernel whatever lies on the stack as new_address unless MREMAP_FIXED is given, and Linux 6.18
-// refuses an unaligned hint together with MREMAP_DONTUNMAP.
+// mmap and mremap return addresses; an error is one of the last 4095 values. Through syscall(2), because the C
+// library's mremap hands the kernel whatever lies on the stack as new_address unless MREMAP_FIXED is given, and
+// Linux 6.18 refuses an unaligned hint together with MREMAP_DONTUNMAP.
 inline int MapResult(long result, std::uintptr_t* out) {
   if (result == -1) return -errno;
   *out = static_cast<std::uintptr_t>(result);

@@ -53,9 +53,12 @@ bool TakeHex(std::string_view* text, std::uint64_t* value) {
   for (; used < text->size() && used < 16; ++used) {
     char c = (*text)[used];
     unsigned digit;
-    if (c >= '0' && c <= '9') digit = static_cast<unsigned>(c - '0');
-    else if (c >= 'a' && c <= 'f') digit = static_cast<unsigned>(c - 'a') + 10;
-    else break;
+    if (c >= '0' && c <= '9')
+      digit = static_cast<unsigned>(c - '0');
+    else if (c >= 'a' && c <= 'f')
+      digit = static_cast<unsigned>(c - 'a') + 10;
+    else
+      break;
     result = result * 16 + digit;
   }
   text->remove_prefix(used);

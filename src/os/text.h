@@ -7,8 +7,8 @@
 
 namespace ksmu::os {
 
-// Lines of an open file, from its present position. A line longer than the buffer is cut: its beginning is returned, the
-// rest skipped (only a mapping's path can be that long, and nobody here needs its end).
+// Lines of an open file, from its present position. A line longer than the buffer is cut: its beginning is returned,
+// the rest skipped (only a mapping's path can be that long, and nobody here needs its end).
 class LineReader {
  public:
   LineReader(int fd, char* buffer, std::size_t capacity) : fd_(fd), buffer_(buffer), capacity_(capacity) {}
@@ -45,7 +45,9 @@ class PathBuffer {
   const char* c_str() const { return text_; }
   std::string_view view() const { return {text_, size_}; }
   bool ok() const { return ok_; }
-  void Truncate(std::size_t size) { if (size < size_) text_[size_ = size] = 0; }
+  void Truncate(std::size_t size) {
+    if (size < size_) text_[size_ = size] = 0;
+  }
 
  private:
   char text_[512] = {};

@@ -65,13 +65,13 @@ inline constexpr std::uint64_t kProcmapReadable = 1, kProcmapWritable = 2, kProc
 inline constexpr std::uint64_t kProcmapCoveringOrNext = 0x10;
 
 // --- the rest ------------------------------------------------------------------------------------------------------
-inline constexpr int kMremapDontUnmap = 4;       // 5.7
-inline constexpr int kMadvPopulateRead = 22;     // 5.14
-inline constexpr int kMadvPopulateWrite = 23;    // 5.14
-inline constexpr int kMadvCollapse = 25;         // 6.1
-inline constexpr unsigned kMfdNoexecSeal = 8;    // 6.3
+inline constexpr int kMremapDontUnmap = 4;     // 5.7
+inline constexpr int kMadvPopulateRead = 22;   // 5.14
+inline constexpr int kMadvPopulateWrite = 23;  // 5.14
+inline constexpr int kMadvCollapse = 25;       // 6.1
+inline constexpr unsigned kMfdNoexecSeal = 8;  // 6.3
 inline constexpr unsigned kCloseRangeUnshare = 2;
-inline constexpr unsigned kPidfdThread = 0200;   // O_EXCL; 6.9
+inline constexpr unsigned kPidfdThread = 0200;  // O_EXCL; 6.9
 inline constexpr int kKcmpFiles = 2;
 
 // Socket families that the C library may not name.

@@ -35,7 +35,8 @@ int Wake(int fd, Span span);
 bool EventPending(int fd);
 // Whether the address space behind a context still exists. `page` is a page that is registered with no context.
 bool Alive(int fd, Address page, std::size_t page_bytes);
-// Up to `capacity` messages, 0 when there is none; -errno. -EMFILE and the like: a fork's message waits for a descriptor.
+// Up to `capacity` messages, 0 when there is none; -errno. -EMFILE and the like: a fork's message waits for a
+// descriptor.
 int Read(int fd, uffd_msg* messages, std::size_t capacity);
 
 }  // namespace ksmu::os::uffd
