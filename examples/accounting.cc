@@ -55,6 +55,20 @@ uint64_t ProcessPss() { return SumOfKeys("/proc/self/smaps_rollup", {"Pss:", "Sw
 
 uint64_t MemAvailable() { return SumOfKeys("/proc/meminfo", {"MemAvailable:"}); }
 
+uint64_t OtherProcessesMemory() {
+  DIR* processes = opendir("/proc");
+  if (processes == nullptr) return 0;
+  uint64_t pages = 0;
+  while (const dirent* entry = readdir(processes)) {
+    if (entry->d_name[0] < '1' || entry->d_name[0] > '9' || atoi(entry->d_name) == getpid()) continue;
+    std::ifstream statm(std::string("/proc/") + entry->d_name + "/statm");
+    uint64_t size = 0, resident = 0, of_files = 0;
+    if (statm >> size >> resident >> of_files) pages += resident - of_files;
+  }
+  closedir(processes);
+  return pages * static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+}
+
 uint64_t AllocatableBytes() {
   uint64_t bytes = MemAvailable();
   std::ifstream file("/proc/self/cgroup");
@@ -79,7 +93,7 @@ KernelAccount ReadKernelAccount(double max_seconds) {
     quiet = std::max(now, available) - std::min(now, available) < (1u << 20) ? quiet + 1 : 0;
     available = now;
   }
-  return {ProcessPss(), available};
+  return {ProcessPss(), available, OtherProcessesMemory()};
 }
 
 double LibraryCpuSeconds() {

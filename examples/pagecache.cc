@@ -301,6 +301,7 @@ int Run(const Options& options) {
   uint64_t wrong = cache.Check("merged");
   cache.RewriteATenth();
   wrong += cache.Check("rewritten in part");
+  WaitForPasses();
   const ksmu_stats stats = ReadStats();
   printf("  %s pages got their own copy back, %s are merged or zero now\n",
          Grouped(static_cast<uint64_t>(stats.cow_breaks)).c_str(),

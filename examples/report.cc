@@ -155,6 +155,14 @@ bool Savings::available_agrees() const {
   return Near(available_gained(), available_claimed(), kAvailableTolerance, kAvailableNoise);
 }
 
+void WaitForPasses() {
+  constexpr int64_t kPasses = 2;  // the one under way may have been there already
+  constexpr double kMaxSeconds = 10;
+  const double deadline = NowSeconds() + kMaxSeconds;
+  const int64_t scans = ReadStats().full_scans;
+  while (ReadStats().full_scans < scans + kPasses && NowSeconds() < deadline) usleep(20'000);
+}
+
 Savings TakeSavings(const KernelAccount& before) {
   Savings savings{.before = before, .after = {}};
   int64_t run = 1;
@@ -184,7 +192,11 @@ void PrintSavings(const Savings& savings, const Attainable& attainable) {
   }
   PrintAccount("MemAvailable", savings.before.available_bytes, savings.after.available_bytes,
                savings.available_gained(), savings.available_claimed(), savings.available_agrees());
-  printf("  Pss is this process's, the library's memory included; MemAvailable is the whole machine's.\n\n");
+  printf(
+      "  Pss is this process's, the library's memory included; MemAvailable is the whole machine's, corrected by "
+      "the\n");
+  printf("  %+.1f MiB of anonymous memory by which all other processes have grown meanwhile.\n\n",
+         Mebibytes(savings.others_grown()));
 }
 
 void PrintReasons(const ksmu_stats& stats) {

@@ -75,8 +75,12 @@ struct Savings {
   KernelAccount before, after;
   ksmu_stats stats = {};
   double pss_saved() const { return static_cast<double>(before.pss_bytes) - static_cast<double>(after.pss_bytes); }
+  double others_grown() const {
+    return static_cast<double>(after.others_bytes) - static_cast<double>(before.others_bytes);
+  }
+  // What other processes took or gave back meanwhile is neither gain nor loss of the library's.
   double available_gained() const {
-    return static_cast<double>(after.available_bytes) - static_cast<double>(before.available_bytes);
+    return static_cast<double>(after.available_bytes) - static_cast<double>(before.available_bytes) + others_grown();
   }
   // Pss sees the library's memory as it sees any other, but not the kernel's for mappings; MemAvailable sees both.
   double pss_claimed() const;
@@ -84,6 +88,9 @@ struct Savings {
   bool pss_agrees() const;
   bool available_agrees() const;
 };
+
+// Waits until the scanner has been everywhere again: what was written is booked then. Ten seconds at most.
+void WaitForPasses();
 
 // Stops the scanner meanwhile, so that the library's count and the kernel's are of the same moment.
 Savings TakeSavings(const KernelAccount& before);

@@ -61,6 +61,8 @@ void PrintJson(const HeapOptions& o, const Attainable& attainable, const Progres
   printf("\"pss_before\":%llu,\"pss_after\":%llu,\"available_before\":%llu,\"available_after\":%llu,",
          u(savings.before.pss_bytes), u(savings.after.pss_bytes), u(savings.before.available_bytes),
          u(savings.after.available_bytes));
+  printf("\"others_before\":%llu,\"others_after\":%llu,", u(savings.before.others_bytes),
+         u(savings.after.others_bytes));
   printf("\"pss_agrees\":%s,\"available_agrees\":%s,\"stats\":{", savings.pss_agrees() ? "true" : "false",
          savings.available_agrees() ? "true" : "false");
   const char* separator = "";

@@ -610,6 +610,15 @@ TEST_F(FakeTest, InjectedFailuresCanLeaveAPrefixDone) {
   EXPECT_EQ(Read(P(1)), 2);
 }
 
+TEST_F(FakeTest, WhatTheLibraryWroteByPlainStoresMovesWithItsMapping) {
+  Address own;
+  ASSERT_EQ(sys->MapAnonymous(0, 2 * kPage, Protection::kReadWrite, &own), 0);
+  std::memset(reinterpret_cast<void*>(own + kPage), 6, kPage);
+  ASSERT_EQ(sys->MoveMapping(own, 2 * kPage, P(3)), 0);
+  EXPECT_EQ(Read(P(3)), 0);
+  EXPECT_EQ(Read(P(4)), 6);
+}
+
 TEST_F(FakeTest, StagingThatIsMissingIsNotReadable) {
   Write(P(0), 1);
   const Address staging = Staging(1);

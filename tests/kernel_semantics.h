@@ -53,7 +53,7 @@ inline constexpr std::uint64_t kBreakerFeatures = kSyncBreakerFeatures | uapi::k
 
 inline void SleepMilliseconds(int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); }
 
-inline bool WaitFor(const std::function<bool()>& condition, int ms = 5000) {
+inline bool WaitFor(const std::function<bool()>& condition, int ms = 20000) {
   for (auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(ms);
        std::chrono::steady_clock::now() < end;) {
     if (condition()) return true;
@@ -84,7 +84,7 @@ class Uffd {
   int Register(Span span, std::uint32_t modes) { return uffd::Register(fd_, span, modes); }
   int Protect(Span span, bool protect = true) { return uffd::WriteProtect(fd_, span, protect); }
   // One message, waiting for it; nothing after `ms`.
-  std::optional<uffd_msg> Next(int ms = 5000) {
+  std::optional<uffd_msg> Next(int ms = 20000) {
     uffd_msg message;
     for (auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(ms);;) {
       if (uffd::Read(fd_, &message, 1) == 1) return message;
@@ -244,13 +244,13 @@ class KernelTest : public ::testing::Test {
     ASSERT_EQ(pagemap_.Open(kPage), 0);
     // A kernel that differs may well leave a thread waiting: end the program then, by the name of the test.
     static std::string name;
-    name = std::string("still waiting after 30 seconds: ") +
+    name = std::string("still waiting after 60 seconds: ") +
            ::testing::UnitTest::GetInstance()->current_test_info()->name() + "\n";
     signal(SIGALRM, [](int) {
       (void)!write(2, name.data(), name.size());
       _exit(1);
     });
-    alarm(30);
+    alarm(60);
   }
   void TearDown() override {
     alarm(0);

@@ -133,16 +133,32 @@ TEST_F(KernelTracking, UnpopulatedPagesAreNotWatchedWithoutTheFeature) {
   EXPECT_FALSE(plain.HasMessage());
 }
 
-// Re-arming is refused outside an asynchronous registration: it would otherwise protect memory that nobody resolves.
-TEST_F(KernelTracking, RearmingNeedsAsynchronousRegistration) {
-  Memory memory(1);
+// Re-arming touches nothing outside an asynchronous registration, where nobody would resolve the faults: such mappings
+// are passed over (or are an error, where the caller asks for that), and the walk goes on behind them.
+TEST_F(KernelTracking, RearmingPassesOverOtherMappings) {
+  Uffd tracker(kTrackerFeatures), gate(kGateFeatures);
+  Memory memory(3);
   memory.Fill();
-  ScanRequest request;
-  request.required = kPresent;
-  request.returned = kPresent;
-  request.write_protect = true;
+  ASSERT_EQ(gate.Register(memory.span(1, 1), kMissing | kWriteProtect), 0);
+  ASSERT_EQ(tracker.Register(memory.span(2, 1), kWriteProtect), 0);
+  EXPECT_EQ(TakeWritten(memory.all()), (std::vector<std::size_t>{2}));
+  memory.Word(0) = 1;
+  memory.Word(1) = 1;
+  EXPECT_FALSE(gate.HasMessage());
+  EXPECT_TRUE(TakeWritten(memory.all()).empty());
+  uapi::PagemapScan strict{};
+  strict.size = sizeof strict;
+  strict.start = memory.at(0);
+  strict.end = memory.all().end();
+  strict.category_mask = strict.return_mask = kWritten;
+  strict.flags = uapi::kScanWpMatching | uapi::kScanCheckWpAsync;
   PageRun run;
-  EXPECT_EQ(pagemap_.Scan(memory.all(), request, &run, 1).error, -EPERM);
+  strict.vec = reinterpret_cast<std::uint64_t>(&run);
+  strict.vec_len = 1;
+  int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  EXPECT_EQ(ioctl(fd, uapi::kIocPagemapScan, &strict), -1);
+  EXPECT_EQ(errno, EPERM);
+  close(fd);
 }
 
 // The walk says where to go on when the caller's array is full.

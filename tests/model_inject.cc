@@ -40,9 +40,8 @@ int World::Boundary(os::FakeCall& call, bool after) {
     // Comes from a destructor: nothing may be thrown.
   } else if (fibers_ && !fibers_->in_events() && !fibers_->failure().empty()) {
     throw Livelock(fibers_->failure());
-  } else if (fake_.calls() - calls_at_op_ > kMaxCalls) {
-    settling_ = true;
-    calls_at_op_ = fake_.calls() + (std::uint64_t{1} << 40);  // once; what unwinds may call
+  } else if (!endless_ && fake_.calls() - calls_at_op_ > kMaxCalls) {
+    settling_ = endless_ = true;  // thrown once; what unwinds may call
     throw Livelock(std::string("no end of calls; the last one is ") + call.name);
   }
   const bool event_thread = fibers_ && fibers_->in_events();
@@ -54,10 +53,11 @@ int World::Boundary(os::FakeCall& call, bool after) {
   int error = 0;
   if (!trace_.config.refused.empty() && trace_.config.refused == call.name && !after && fibers_) error = -EPERM;
   if (settling_ || result_.failed) return error;
+  const int op = op_;  // the event thread can be interrupted here, and go on in a later operation
   const int occurrence = after ? occurrences_[{event_thread, call.name}]++ : occurrences_[{event_thread, call.name}];
   if (replay_) {
     for (const Action& action : trace_.actions) {
-      if (action.op == op_ && action.event_thread == event_thread && action.after == after &&
+      if (action.op == op && action.event_thread == event_thread && action.after == after &&
           action.occurrence == occurrence && action.call == call.name) {
         if (int e = Apply(action, call)) error = e;
       }
@@ -66,7 +66,7 @@ int World::Boundary(os::FakeCall& call, bool after) {
   }
   for (int i = 0; i < 6 && Pick(100) < trace_.config.act_percent; ++i) {
     Action action;
-    action.op = op_;
+    action.op = op;
     action.event_thread = event_thread;
     action.call = call.name;
     action.occurrence = occurrence;

@@ -35,11 +35,24 @@ Result RunSeed(std::uint64_t seed, const os::FakeLies& lies = {}, bool verbose =
   return World::Run(Generate(seed), false, lies, verbose);
 }
 
+// What kind of failure it is: the message without its numbers.
+std::string Kind(const Result& result) {
+  if (!result.failed) return "";
+  std::string kind = result.message.substr(result.message.find(':') + 1);
+  std::erase_if(kind, [](char c) { return c >= '0' && c <= '9'; });
+  const auto colon = kind.find_first_of(":,");
+  return colon == std::string::npos ? kind : kind.substr(0, colon);
+}
+
 // The recorded form of a failing seed, made smaller.
 Trace Smaller(std::uint64_t seed, const os::FakeLies& lies, int budget) {
   Trace trace = Generate(seed);
-  trace.actions = World::Run(trace, false, lies).actions;
-  const auto fails = [&](const Trace& t) { return World::Run(t, true, lies).failed; };
+  const Result first = World::Run(trace, false, lies);
+  trace.actions = first.actions;
+  const auto fails = [&](const Trace& t) {
+    const Result r = World::Run(t, true, lies);
+    return r.failed && Kind(r) == Kind(first);
+  };
   if (!fails(trace)) {
     std::printf("model: the recorded run of seed %llu does not fail\n", static_cast<unsigned long long>(seed));
     return trace;

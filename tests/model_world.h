@@ -104,6 +104,7 @@ class World {
   os::ThreadId system_thread_ = 0;  // for what is done at once
   bool in_call_ = false;            // the scanner is inside the library
   bool settling_ = true;
+  bool endless_ = false;
   int op_ = -1;
   std::uint64_t random_ = 0, calls_at_op_ = 0;
   std::map<std::pair<bool, std::string>, int> occurrences_;

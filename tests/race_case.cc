@@ -312,10 +312,18 @@ bool Case::CheckPage(std::size_t i, const char* when) {
     Fail("%s: page %zu differed and does no more", when, i);
     return false;
   }
+  // What the kernel has there now: read once the bytes have been, so that it is what they came from.
+  std::uint64_t entry = 0;
+  if (const int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC); fd >= 0) {
+    if (pread(fd, &entry, 8, static_cast<off_t>(reinterpret_cast<std::uintptr_t>(seen) / page_size_ * 8)) != 8) entry = 0;
+    close(fd);
+  }
   bool zeros = true;
   for (std::size_t k = 0; k < page_size_; ++k) zeros = zeros && seen[k] == 0;
-  Fail("%s: page %zu%s: %zu wrong bytes, the first at %zu is %02x, should be %02x%s", when, i,
-       i == subject_ ? " (the disturbed one)" : "", wrong, at, seen[at], want[at], zeros ? "; the page is all zeros" : "");
+  Fail("%s: page %zu%s: %zu wrong bytes, the first at %zu is %02x, should be %02x%s; %s%s%s%s", when, i,
+       i == subject_ ? " (the disturbed one)" : "", wrong, at, seen[at], want[at], zeros ? "; the page is all zeros" : "",
+       entry >> 63 & 1 ? "present" : "absent", entry >> 62 & 1 ? ", swapped" : "", entry >> 61 & 1 ? ", a frame" : "",
+       entry >> 57 & 1 ? ", write-protected" : "");
   return false;
 }
 

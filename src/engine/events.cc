@@ -142,12 +142,13 @@ void Engine::FillZeros(os::Context context, Span span) {
       continue;
     }
     if (error) return;
-    std::size_t filled = 0;
+    std::size_t filled = 0, most = span.bytes;
     for (std::size_t done = 0; done < span.bytes;) {
-      const os::Partial zeroed = system_.ZeroPage(context, {span.start + done, span.bytes - done});
+      const os::Partial zeroed = system_.ZeroPage(context, {span.start + done, std::min(most, span.bytes - done)});
       done += zeroed.done;
       filled += zeroed.done;
       if (zeroed.error == -EEXIST) done += page_;
+      else if (zeroed.error == -ENOENT && most > page_) most = page_;  // more than one mapping: each page for itself
       else if (zeroed.error == -EAGAIN) break;
       else if (zeroed.error) return;
     }
@@ -202,10 +203,12 @@ void Engine::OnFault(os::Context context, Child* child, const os::Event& event) 
   if (zeros) {
     FillZeros(context, span);
   } else {
+    std::size_t most = span.bytes;
     for (std::size_t done = 0; done < span.bytes;) {
-      const os::Partial filled = system_.Continue(context, {a + done, span.bytes - done}, true);
+      const os::Partial filled = system_.Continue(context, {a + done, std::min(most, span.bytes - done)}, true);
       done += filled.done;
       if (filled.error == -EEXIST) done += page_;
+      else if (filled.error == -ENOENT && most > page_) most = page_;  // neighbours need not be of the same run
       else if (filled.error) break;
     }
   }

@@ -348,6 +348,9 @@ void AddressSpace::SyncAllHost() {
 // --- mremap ----------------------------------------------------------------------------------------------------------
 
 void AddressSpace::Move(Span span, Address to, bool keep_registration, bool leave_mapping) {
+  if (Find(span.start)->host) {
+    for (Address a = span.start; a < span.end(); a += page_size_) SyncHost(a);
+  }
   Vma moved = *Find(span.start);
   moved.page_offset += (span.start - moved.start) / page_size_;
   // Anonymous memory without pages gets the offset of its new address, and so joins its new neighbours.

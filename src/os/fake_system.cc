@@ -189,6 +189,7 @@ Partial FakeSystem::Move(Context c, Address to, Address from, std::size_t bytes)
     Partial result;
     for (; result.done < limit; result.done += page_size_) {
       const Address s = from + result.done, d = to + result.done;
+      if (src->host) space.SyncHost(s);
       Pte pte = space.Get(s);
       if (space.Get(d).kind != Pte::kNone) {
         result.error = -EEXIST;
