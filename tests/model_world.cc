@@ -1,6 +1,7 @@
 #include "model_world.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -101,14 +102,18 @@ void World::RunAll() {
     if (verbose_) {
       Trace one;
       one.ops = {op};
-      std::printf("%s", one.Text().substr(one.Text().find('\n') + 1).c_str());
+      const std::string text = one.Text();
+      const std::size_t from = text.find('\n') + 1;
+      std::printf("%s", text.substr(from, text.find("-1 end") - from).c_str());
     }
     Do(op);
+    if (verbose_) ShowPages();
     if (!fake_.violations().empty()) Fail(fake_.violations()[0]);
     if (!fibers_->failure().empty()) throw Livelock(fibers_->failure());
     if (result_.failed) break;
   }
   op_ = -1;
+  if (verbose_) std::printf("the end\n");
   calls_at_op_ = fake_.calls();
   settling_ = true;
   if (!result_.failed) Settle();
@@ -132,6 +137,21 @@ void World::RunAll() {
   t.forks = static_cast<std::int64_t>(processes_.size()) - 1;
   // The event thread must not be left in the middle of something.
   for (int i = 0; i < 1000 && fibers_->events_half_done(); ++i) fibers_->RunEvents();
+}
+
+// The engine's states, and what the page tables hold beneath them.
+void World::ShowPages() {
+  std::string states = "    ", entries = "    ";
+  for (int i = 0; i < trace_.config.pages; ++i) {
+    const engine::Page page = engine_->Explain(At(i));
+    const char c = ".fsMBdZuR?"[std::min<std::size_t>(static_cast<std::size_t>(page.state()), 9)];
+    states += page.busy() ? '!' : c;
+    const os::fake::Pte pte = fake_.space().Get(At(i));
+    const os::fake::Vma* v = fake_.space().Find(At(i));
+    const char e = v == nullptr ? 'x' : pte.swapped ? 'S' : ".m0af"[pte.kind];
+    entries += v != nullptr && v->file ? static_cast<char>(std::toupper(e)) : e;
+  }
+  std::printf("%s\n%s\n", states.c_str(), entries.c_str());
 }
 
 void World::Do(const Op& op) {
@@ -177,13 +197,22 @@ void World::Do(const Op& op) {
       }
       return;
     }
-    case OpKind::kTime: fake_.AdvanceTime(static_cast<std::uint64_t>(op.a) * 1000000000u); return;
+    case OpKind::kTime:
+      for (const Slot& s : slots_) {
+        if (s.busy && s.kind == ProgramKind::kDirectPoke) return;
+      }
+      fake_.AdvanceTime(static_cast<std::uint64_t>(op.a) * 1000000000u); return;
     case OpKind::kTunable:
       switch (op.a) {
         case 0: tunables_.use_zero_pages = op.b; break;
         case 1: tunables_.max_page_sharing = op.b; break;
         case 2: tunables_.remerge = op.b; break;
-        case 3: tunables_.remerge_seconds = op.b; break;
+        case 3:
+          for (const Slot& s : slots_) {
+            if (s.busy && s.kind == ProgramKind::kDirectPoke) return;
+          }
+          tunables_.remerge_seconds = op.b;
+          break;
         default: tunables_.smart_scan = op.b; break;
       }
       return;
@@ -260,6 +289,18 @@ bool World::Pinned(int page) const {
   return std::any_of(pins_.begin(), pins_.end(), [&](const Pin& p) { return p.page == page; });
 }
 
+// Pages of a frame mapping that show nothing: discarded, and not yet answered with zeros. Without the fork event a child
+// would see the frames in them.
+bool World::DiscardsUnfilled() {
+  for (const auto& [start, v] : fake_.space().vmas()) {
+    if (!v.file) continue;
+    for (os::Address a = v.start; a < v.end; a += page_size_) {
+      if (fake_.space().Get(a).kind <= os::fake::Pte::kMarker) return true;
+    }
+  }
+  return false;
+}
+
 bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count, int value) {
   if (slot_number >= static_cast<int>(slots_.size())) return false;
   Slot& slot = slots_[static_cast<std::size_t>(slot_number)];
@@ -298,7 +339,11 @@ bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count
       change = {Change::kPoke, Offset(value), static_cast<unsigned char>(100 + value)};
       op.address += change.offset;
       op.data.assign(1, std::byte(change.value));
-      if (kind == ProgramKind::kDirectPoke && page(first).shadow.InFlight(Change::kZero)) return false;
+      if (kind == ProgramKind::kDirectPoke) {
+        // A page is merged again in place when it has not been written for longer than any direct I/O takes: so there must
+        // be such a time.
+        if (page(first).shadow.InFlight(Change::kZero) || tunables_.remerge_seconds < 60) return false;
+      }
       break;
     case ProgramKind::kDiscard:
       if (!c.raw_discards || (slot.process != 0 && !c.fork_events)) return false;
@@ -312,7 +357,7 @@ bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count
       break;
     case ProgramKind::kFork:
       // Without the event a child that a raw clone makes in the middle of a merge is a limit; libc's fork waits for it.
-      if (!c.forks || processes_.size() >= kMaxProcesses || (!c.fork_events && in_call_)) return false;
+      if (!c.forks || processes_.size() >= kMaxProcesses || (!c.fork_events && (in_call_ || DiscardsUnfilled()))) return false;
       op.kind = FakeOperation::kFork;
       break;
     case ProgramKind::kPinWrite:
@@ -438,6 +483,7 @@ void World::RawUnmap(int first, int count) {
   op.address = At(first);
   op.bytes = static_cast<std::size_t>(count) * page_size_;
   fake_.Run(system_thread_, op);
+  if (fake_.Outcome(system_thread_).error != 0) return;  // at the map limit
   for (int i = first; i < first + count; ++i) processes_[0].pages[static_cast<std::size_t>(i)].mapped = false;
 }
 
@@ -514,7 +560,10 @@ void World::CheckQuiet(bool unmerged) {
     if (v != nullptr && v->context == os::kStaging) Fail("a page is left in staging");
   }
   if (unmerged) {
-    if (fake_.RegisteredPages(os::kTracker) != 0) Fail("memory is still registered with the tracker");
+    const bool refusals = result_.tally.failures != 0 || std::any_of(trace_.ops.begin(), trace_.ops.end(), [](const Op& op) {
+                            return op.kind == OpKind::kMapLimit;
+                          });
+    if (!refusals && fake_.RegisteredPages(os::kTracker) != 0) Fail("memory is still registered with the tracker");
   }
   // The program's protections are its own.
   for (int i = 0; i < trace_.config.pages; ++i) {

@@ -66,8 +66,10 @@ class World {
 
   void RunAll();
   void Do(const Op& op);
+  void ShowPages();
   void LibraryCall(const Op& op);
   bool StartProgram(int slot, ProgramKind kind, int page, int pages, int value);
+  bool DiscardsUnfilled();
   void StepSlot(int slot);
   void Finished(Slot& slot);
   void StepEverybody();

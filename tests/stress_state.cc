@@ -63,10 +63,12 @@ void Advise(Region& region, std::size_t first, std::size_t pages) {
 }
 
 void SetUpRegions() {
-  g.regions.resize(std::size(kKinds));
-  for (std::size_t k = 0; k < g.regions.size(); ++k) {
-    Region& r = g.regions[k];
-    r.kind = kKinds[k];
+  for (Kind kind : kKinds) {
+    if (g.options.regions.empty() || ("," + g.options.regions + ",").find("," + std::string(KindName(kind)) + ",") != std::string::npos) {
+      g.regions.emplace_back().kind = kind;
+    }
+  }
+  for (Region& r : g.regions) {
     const std::size_t bytes = g.options.pages * g.page_size;
     void* p = r.kind == Kind::kMap ? ksmu_map(bytes, 0)
                                    : mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

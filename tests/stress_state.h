@@ -24,6 +24,9 @@ struct Options {
   bool zram = false;
   bool keep_going = false;
   std::string directory = "/var/tmp";
+  // To narrow a failure down: names of operations, of helper threads ("merger", "signals" ...) or kinds of regions.
+  std::string without, regions;
+  bool Without(const char* name) const { return ("," + without + ",").find("," + std::string(name) + ",") != std::string::npos; }
 };
 
 enum class Kind { kExact, kPromise, kSync, kMap };

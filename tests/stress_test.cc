@@ -5,6 +5,7 @@
 //   phase C  the program closes every descriptor above 2, in a loop
 //
 //   stress_test [--seconds N] [--seed S] [--threads N] [--pages N] [--phase A|B|C|AB...] [--dir D] [--zram] [--keep-going]
+//               [--without NAME,...] [--regions KIND,...]   (operations and threads to leave out, kinds of memory to use)
 //
 // Exit: 0 passed, 1 failed (a byte, a call, too few merges), 3 a thread made no progress, 77 not possible here.
 // --zram wants swap to be on: tests/zram_swap.sh gives it for the time of a command.
@@ -36,7 +37,7 @@ struct Totals {
 Totals g_totals;
 
 int Usage() {
-  fprintf(stderr, "usage: stress_test [--seconds N] [--seed S] [--threads N] [--pages N] [--phase LETTERS] [--dir D] [--zram] [--keep-going]\n");
+  fprintf(stderr, "usage: stress_test [--seconds N] [--seed S] [--threads N] [--pages N] [--phase LETTERS] [--dir D] [--zram] [--keep-going] [--without NAME,...] [--regions KIND,...]\n");
   return 2;
 }
 
@@ -60,6 +61,8 @@ bool ParseArguments(int argc, char** argv) {
     else if (a == "--pages") o.pages = strtoull(value, nullptr, 0);
     else if (a == "--phase") o.phases = value;
     else if (a == "--dir") o.directory = value;
+    else if (a == "--without") o.without = value;
+    else if (a == "--regions") o.regions = value;
     else return false;
   }
   return o.seconds > 0 && o.threads >= 1 && o.threads <= 40 && o.pages >= kBlock * static_cast<std::size_t>(o.threads) * 16 &&
@@ -94,6 +97,7 @@ class Threads {
  public:
   // `main` gets the thread's slot. The watchdog looks at all slots that have a name.
   void Start(const char* name, std::function<void(int)> main) {
+    if (g.options.Without(name)) return;
     const int slot = static_cast<int>(threads_.size());
     g.progress[slot].steps.store(0);
     g.progress[slot].name.store(name);
@@ -216,7 +220,7 @@ void RunPhase(const Phase& phase) {
   std::thread signaller([&] {
     const int slot = kMainSlot - 1;
     g.progress[slot].name.store("signaller");
-    Signaller(slot, targets);
+    if (!g.options.Without("signals")) Signaller(slot, targets);
     g.progress[slot].name.store(nullptr);
   });
 

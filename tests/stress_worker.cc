@@ -469,6 +469,7 @@ void WorkerThread::OneStep() {
   while (draw >= chosen->weight) draw -= (chosen++)->weight;
   if (chosen->needs_descriptors && !g.phase.descriptors) return;
   if (chosen->pins && !g.phase.pins) return;
+  if (g.options.Without(OpName(chosen->op))) return;
   Step(slot_, chosen->op);
   if (chosen->op == Op::kRing) return RingStep();
   Choice c = Choose(chosen->op == Op::kPipe || chosen->op == Op::kProcMem ? 1 : kBlock);
@@ -512,7 +513,7 @@ void WorkerThread::Run() {
   next_fork_ = Now() + 0.3 * static_cast<double>(1 + owner_);
   for (std::uint64_t n = 0; !g.stop.load(); ++n) {
     OneStep();
-    if (Now() > next_fork_ && g.library_on.load()) {
+    if (Now() > next_fork_ && g.library_on.load() && !g.options.Without("fork")) {
       MakeChild(random_.OneIn(2));
       next_fork_ = Now() + 0.3 + 0.1 * static_cast<double>(random_.Below(20));
     }

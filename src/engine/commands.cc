@@ -153,7 +153,8 @@ int Engine::PopulateRun(const Region& region, Span run) {
     retired.kind = Region::kRetired;
     if (int failed = Detach(retired, {a, end - a})) {
       os::Mapping mapping;
-      if (system_.QueryMapping(a, &mapping) != 0 || mapping.start > a || !pool_.Shows(mapping, a, table_.Load(a).value())) {
+      const int unknown = system_.QueryMapping(a, &mapping);
+      if (unknown == -ENOENT || (!unknown && (mapping.start > a || !pool_.Shows(mapping, a, table_.Load(a).value())))) {
         ForgetRange({a, end - a});  // unmapped without a word
       } else {
         return error ? error : failed;
@@ -197,8 +198,26 @@ int Engine::UnmergeRange(const Region& region, Span span) {
     }
     segment->unsettled = 1;
     segment->backoff = segment->wait = 0;
+    FillMarked({low, high - low});
   }
   return 0;
+}
+
+// Discarded pages that are still empty would be answered with zeros at their first fault. That must not depend on anybody
+// being there to answer: once the library has stopped, a frame that a forked child keeps alive would show.
+void Engine::FillMarked(Span span) {
+  std::lock_guard lock(events_mutex_);
+  for (Address a = span.start; a < span.end();) {
+    if (!table_.Load(a).discarded()) {
+      a += page_;
+      continue;
+    }
+    Address end = a;
+    while (end < span.end() && table_.Load(end).discarded()) end += page_;
+    FillZeros(os::kBreaker, {a, end - a});
+    FillZeros(os::kSyncBreaker, {a, end - a});
+    a = end;
+  }
 }
 
 int Engine::Unmerge(Span span) {
@@ -220,7 +239,11 @@ int Engine::Unmerge(Span span) {
 }
 
 int Engine::UnmergeAll(bool forget) {
-  if (forget) return Unmerge({0, PageTable::kLimit});
+  if (forget) {
+    // Frames that a forked child may map cannot be punched, and would show through raw discards once nobody watches.
+    if (!forks_.NoChildSince(0)) DetachEverything();
+    return Unmerge({0, PageTable::kLimit});
+  }
   ApplyMoves();
   for (std::size_t i = 0; i < regions_.size(); ++i) {
     const Region region = regions_[i];
@@ -230,6 +253,41 @@ int Engine::UnmergeAll(bool forget) {
   index_.Clear();
   pool_.Reclaim(&Engine::ForgetFrame, this);
   return 0;
+}
+
+// Brings back to anonymous memory whatever can be: merged and discarded pages always (nobody can have them pinned for
+// writing), broken ones under the rule for merging again.
+void Engine::DetachEverything() {
+  const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));
+  const bool no_pins = system_.NoLongTermPins();
+  const std::uint32_t now = NowSeconds();
+  auto may = [&](Page page) {
+    if (page.busy() || page.unconfirmed()) return false;
+    if (page.state() == PageState::kMerged || page.state() == PageState::kDropped) return true;
+    return (page.state() == PageState::kBroken || page.state() == PageState::kResidue) && no_pins && page.tries() >= 1 &&
+           ((now - page.stamp()) & Page::kStampMask) >= seconds;
+  };
+  for (Segment* segment = table_.NextSegment(0); segment; segment = table_.NextSegment(segment->start + kSegmentBytes)) {
+    const Address end_of_segment = segment->start + kSegmentBytes;
+    for (Address a = segment->start; a < end_of_segment;) {
+      const Page first = table_.Load(a);
+      if (!may(first)) {
+        a += page_;
+        continue;
+      }
+      Address end = a + page_;
+      while (end < end_of_segment && (end - a) / page_ < kMaxRunPages && may(table_.Load(end)) &&
+             table_.Load(end).value() == first.value() + (end - a) / page_) {
+        end += page_;
+      }
+      const Region* region = regions_.Find(a);
+      if (region && region->kind != Region::kReleased && system_.AvailableMemory() > kMemoryReserve) {
+        const Region copy = *region;
+        Detach(copy, {a, end - a});
+      }
+      a = end;
+    }
+  }
 }
 
 int Engine::Release(Span span) {

@@ -275,19 +275,10 @@ std::size_t Engine::Remerge(Span run) {
 int Engine::Detach(const Region& region, Span run) {
   os::Mapping mapping;
   if (int error = system_.QueryMapping(run.start, &mapping)) return error;
-  struct Found {
-    os::Attributes attributes;
-    bool any = false;
-  } found;
-  system_.ReadAttributes(
-      run,
-      [](void* cookie, const os::AttributedMapping& m) {
-        auto* f = static_cast<Found*>(cookie);
-        if (!f->any) f->attributes = m.attributes;
-        f->any = true;
-      },
-      &found);
-  if (!found.any || found.attributes.locked || found.attributes.sealed || mapping.executable) return -EOPNOTSUPP;
+  const os::AttributedMapping* known = FindAttributes(run.start);
+  if (!known || mapping.executable) return -EOPNOTSUPP;
+  const os::Attributes attributes = known->attributes;
+  if (attributes.locked || attributes.sealed) return -EOPNOTSUPP;
   KSMU_TEST_POINT("detach.begin", run.start, run.bytes);
   Address fresh = 0;
   if (int error = system_.MapAnonymous(0, run.bytes, os::Protection::kReadWrite, &fresh)) return error;
@@ -315,7 +306,7 @@ int Engine::Detach(const Region& region, Span run) {
     filled[i] = true;
   }
   KSMU_TEST_POINT("detach.copied", run.start, run.bytes);
-  system_.ApplyAttributes({fresh, run.bytes}, found.attributes);
+  system_.ApplyAttributes({fresh, run.bytes}, attributes);
   if (!(mapping.readable && mapping.writable)) {
     system_.Protect({fresh, run.bytes}, mapping.readable ? os::Protection::kRead : os::Protection::kNone);
   }

@@ -153,6 +153,7 @@ class Engine {
   std::size_t Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes, Reason* reason);
   Reason WhyNotTaken(Address page, int error, Span rest, bool* healed);
   void RefreshAttributes();
+  const os::AttributedMapping* FindAttributes(Address a);
   bool BudgetAllows() const;
   void RefreshUnwaitable();
   bool Unwaitable(Address page) const;
@@ -172,6 +173,8 @@ class Engine {
   bool NextIn(Span span, Address* at, Region* part) const;
   int UnmergeRange(const Region& region, Span span);
   int PopulateRun(const Region& region, Span run);
+  void DetachEverything();
+  void FillMarked(Span span);
   void Untrack(Span span);
   bool IsInherited(const os::Mapping& mapping) const;
 

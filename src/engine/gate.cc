@@ -78,10 +78,12 @@ bool Gate::ReturnPage(std::size_t i) {
   // The mapping is not readable and writable any more (a raw mprotect): a copy goes in whatever the protection. That the
   // page could be taken has shown that nobody has it pinned, and nobody but us can reach it in staging.
   moved = system_.Copy(os::kGate, to, Staged(i), page_, false);
-  if (moved.done == page_ || moved.error == -EEXIST) return true;
   if (moved.error == -EAGAIN) return false;
-  // Unmapped by somebody without a word: there is nothing to give it back to.
-  if (moved.error == -ENOENT || moved.error == -ESRCH) return true;
+  // ENOENT: unmapped by somebody without a word; there is nothing to give it back to.
+  if (moved.done == page_ || moved.error == -EEXIST || moved.error == -ENOENT || moved.error == -ESRCH) {
+    system_.Discard({from, page_});
+    return true;
+  }
   if (moved.error == -EPERM || moved.error == -EACCES) {
     // A filter refuses the ioctl: the mapping itself can still be moved. What it loses is replayed by the next pass.
     os::Mapping mapping;

@@ -31,17 +31,26 @@ bool Engine::BudgetAllows() const {
 void Engine::RefreshAttributes() {
   attributes_.clear();
   attributes_at_ = system_.NowNanoseconds();
-  // The buffer must not grow inside the read: make room for what the last pass has seen, and read again if it was short.
   for (std::size_t i = 0; i < regions_.size(); ++i) {
-    const Region& region = regions_[i];
-    if (region.kind != Region::kMergeable) continue;
     system_.ReadAttributes(
-        region.span(),
+        regions_[i].span(),
         [](void* cookie, const os::AttributedMapping& mapping) {
-          if (mapping.mapping.anonymous) static_cast<base::OwnVector<os::AttributedMapping>*>(cookie)->push_back(mapping);
+          static_cast<base::OwnVector<os::AttributedMapping>*>(cookie)->push_back(mapping);
         },
         &attributes_);
   }
+}
+
+// The attributes of the mapping at an address, as they were at most kAttributesLive ago; nullptr: none is known.
+const os::AttributedMapping* Engine::FindAttributes(Address a) {
+  if (attributes_at_ == 0 || system_.NowNanoseconds() - attributes_at_ > kAttributesLive) RefreshAttributes();
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    auto after = std::upper_bound(attributes_.begin(), attributes_.end(), a,
+                                  [](Address at, const os::AttributedMapping& m) { return at < m.mapping.start; });
+    if (after != attributes_.begin() && (after - 1)->mapping.end > a) return after - 1;
+    if (attempt == 0) RefreshAttributes();
+  }
+  return nullptr;
 }
 
 void Engine::RefreshUnwaitable() {
@@ -95,14 +104,7 @@ std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, 
   }
   pages = std::min(pages, static_cast<std::size_t>(std::min(mapping.end, region.end) - start) / page_);
 
-  if (attributes_at_ == 0 || now - attributes_at_ > kAttributesLive) RefreshAttributes();
-  const os::AttributedMapping* found = nullptr;
-  for (int attempt = 0; attempt < 2 && !found; ++attempt) {
-    if (attempt) RefreshAttributes();
-    auto after = std::upper_bound(attributes_.begin(), attributes_.end(), start,
-                                  [](Address a, const os::AttributedMapping& m) { return a < m.mapping.start; });
-    if (after != attributes_.begin() && (after - 1)->mapping.end > start) found = after - 1;
-  }
+  const os::AttributedMapping* found = FindAttributes(start);
   if (!found) return 0;
   const os::Attributes& a = found->attributes;
   pages = std::min(pages, static_cast<std::size_t>(found->mapping.end - start) / page_);
@@ -290,7 +292,7 @@ Reason Engine::WhyNotTaken(Address page, int error, Span rest, bool* healed) {
   if (system_.ReadSharing(page, sharing.data(), count) < 0) return Reason::kFailed;
   if (sharing[0] == os::Sharing::kShared) return Reason::kChild;
   if (sharing[0] == os::Sharing::kAbsent) return Reason::kNone;
-  if (known.tries() & 1) return Reason::kPinned;  // healed before, and still not to be had
+  if (known.healed()) return Reason::kPinned;  // healed before, and still not to be had
   // One fork takes "exclusive" off every page, for ever, also when the child has long gone; a write brings it back.
   for (std::size_t i = 0; i < count;) {
     std::size_t end = i;
@@ -301,7 +303,7 @@ Reason Engine::WhyNotTaken(Address page, int error, Span rest, bool* healed) {
     }
     i = end + 1;
   }
-  Set(page, known.WithState(PageState::kFresh).WithReason(Reason::kNone).WithIndexed(false).WithStamp(pass_).WithTries(1));
+  Set(page, known.WithState(PageState::kFresh).WithReason(Reason::kNone).WithIndexed(false).WithStamp(pass_).WithHealed(true));
   return Reason::kNone;
 }
 
@@ -394,7 +396,7 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
     } else if (equal < got) {  // written since it was looked up: another content
       const Page known = table_.Load(start + i * page_);
       if (!known.covers()) {
-        Set(start + i * page_, Page().WithState(PageState::kFresh).WithStamp(pass_).WithTries(known.tries() & 1));
+        Set(start + i * page_, Page().WithState(PageState::kFresh).WithStamp(pass_).WithHealed(known.healed()));
       }
       ++i;
     } else {

@@ -45,6 +45,7 @@ class Page {
   bool discarded() const { return word_ & kDiscarded; }    // sticky: a fault that finds no page is answered with zeros
   bool indexed() const { return word_ & kIndexed; }        // kStill: the index has a candidate entry for it
   bool unconfirmed() const { return word_ & kUnconfirmed; }  // a synchronous break whose copy has not been seen yet
+  bool healed() const { return word_ & kHealed; }  // written for its exclusiveness' sake since it could not be taken
   bool covers() const {
     PageState s = state();
     return s == PageState::kMerged || s == PageState::kBroken || s == PageState::kDropped || s == PageState::kResidue;
@@ -60,13 +61,15 @@ class Page {
   Page WithIndexed(bool b) const { return Page(b ? word_ | kIndexed : word_ & ~kIndexed); }
   Page WithUnconfirmed(bool b) const { return Page(b ? word_ | kUnconfirmed : word_ & ~kUnconfirmed); }
 
+  Page WithHealed(bool b) const { return Page(b ? word_ | kHealed : word_ & ~kHealed); }
+
   std::uint64_t word() const { return word_; }
   static constexpr std::uint32_t kStampMask = 0xfff;
 
  private:
   static constexpr int kStateShift = 32, kReasonShift = 36, kStampShift = 41, kTriesShift = 53;
   static constexpr std::uint64_t kBusy = 1ull << 57, kDiscarded = 1ull << 58, kIndexed = 1ull << 59,
-                                 kUnconfirmed = 1ull << 60;
+                                 kUnconfirmed = 1ull << 60, kHealed = 1ull << 61;
   template <int shift, int bits>
   std::uint64_t Get() const { return (word_ >> shift) & ((1ull << bits) - 1); }
   template <int shift, int bits>

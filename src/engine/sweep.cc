@@ -14,7 +14,11 @@ constexpr std::uint32_t kAuditEvery = 64;                   // passes
 constexpr std::uint8_t kMaxBackoff = 6;
 
 void MarkBits(std::array<std::uint64_t, kMaxSegmentPages / 64>& bits, std::size_t low, std::size_t high) {
-  for (std::size_t i = low; i < high; ++i) bits[i / 64] |= std::uint64_t{1} << i % 64;
+  while (low < high) {
+    const std::size_t n = std::min(high - low, 64 - low % 64);
+    bits[low / 64] |= (n == 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << n) - 1) << low % 64;
+    low += n;
+  }
 }
 bool Bit(const std::array<std::uint64_t, kMaxSegmentPages / 64>& bits, std::size_t i) {
   return bits[i / 64] >> i % 64 & 1;
@@ -232,7 +236,8 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
         if (there && Change(word, page, fresh) && now) to_hash[hash_count++] = a;
         break;
       case PageState::kMerged:
-        if (!there) break;
+        // The scan may be older than the merge: a page of a later segment is merged as the twin of one of an earlier one.
+        if (!there || !IsPrivate(a)) break;
         // Written, or unshared by a long-term read pin: the kernel has given the writer its own copy.
         if (Change(word, page, page.WithState(PageState::kBroken).WithStamp(NowSeconds()).WithTries(0))) {
           pool_.Unshare(page.value());
@@ -256,7 +261,7 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
         break;
       case PageState::kDropped:
         ++broken;
-        if (there) Change(word, page, page.WithState(PageState::kBroken).WithStamp(NowSeconds()).WithTries(0));
+        if (there && IsPrivate(a)) Change(word, page, page.WithState(PageState::kBroken).WithStamp(NowSeconds()).WithTries(0));
         break;
       case PageState::kResidue:
         // Memory that is advised again.
@@ -348,7 +353,9 @@ void Engine::Audit(const Region& region) {
   bool covers = false;
   while (at < region.end) {
     os::Mapping mapping;
-    const bool found = system_.QueryMapping(at, &mapping) == 0;
+    const int error = system_.QueryMapping(at, &mapping);
+    if (error && error != -ENOENT) return;  // refused: that is not to be taken for a hole
+    const bool found = error == 0;
     const Address start = found ? std::max(mapping.start, at) : region.end;
     if (start > at) {
       const Span hole{at, std::min(start, region.end) - at};

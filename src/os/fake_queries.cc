@@ -486,6 +486,12 @@ void FakeSystem::VisitUnwaitableWords(bool (*each)(void* cookie, Address), void*
   }
 }
 
+bool FakeSystem::NoLongTermPins() {
+  Scope scope(*this, "NoLongTermPins");
+  const bool held = std::any_of(pins_.begin(), pins_.end(), [](const PinState& p) { return p.live; });
+  return no_long_term_pins && (!held || lies.pins_are_never_held);
+}
+
 // --- looking at it -----------------------------------------------------------------------------------------------------
 
 std::size_t FakeSystem::RegisteredPages(Context c) const {
