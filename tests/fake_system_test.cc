@@ -619,6 +619,15 @@ TEST_F(FakeTest, WhatTheLibraryWroteByPlainStoresMovesWithItsMapping) {
   EXPECT_EQ(Read(P(4)), 6);
 }
 
+TEST_F(FakeTest, WhatTheLibraryWroteByPlainStoresIsDiscarded) {
+  Address own;
+  ASSERT_EQ(sys->MapAnonymous(0, kPage, Protection::kReadWrite, &own), 0);
+  auto* byte = reinterpret_cast<volatile unsigned char*>(own);
+  *byte = 6;
+  ASSERT_EQ(sys->Discard({own, kPage}), 0);
+  EXPECT_EQ(*byte, 0);
+}
+
 TEST_F(FakeTest, StagingThatIsMissingIsNotReadable) {
   Write(P(0), 1);
   const Address staging = Staging(1);

@@ -268,7 +268,6 @@ TEST_P(Fork, FramesAreNotRecycledUnderAChild) {
       [this] {
         Mixture mixture(flags());
         Set("remerge_seconds", 0);
-        const std::int64_t frames_before = Get("frames_in_use");
         Child child(kind(), [&](Child& self) {
           while (!self.Await(1, 0.05)) mixture.Check(self, "while the parent merges");
           mixture.Check(self, "in the end");
@@ -289,19 +288,24 @@ TEST_P(Fork, FramesAreNotRecycledUnderAChild) {
           MergeAll();
           ASSERT_TRUE(mixture.Right()) << "round " << round;
         }
-        EXPECT_GT(Get("pages_merged_total"), 2000);
+        // (With synchronous breaks what was written is not merged again: documented.)
+        EXPECT_GT(Get("pages_merged_total"), (flags() & KSMU_F_SYNC_BREAK) != 0 ? 500 : 2000);
         child.Signal(1);
         child.Join();
         EXPECT_TRUE(mixture.Right());
-        // With the child gone nothing holds the frames back.
-        EXPECT_OK(ksmu_set("run", 2));
+        // With the child gone, and no mapping left that could show them, the frames are free again.
+        EXPECT_GT(Get("frames_in_use"), 0);
+        EXPECT_OK(ksmu_unmap(mixture.memory.data(), mixture.memory.bytes()));
+        mixture.memory.Forget();
         Set("cpu_limit_percent", 100);
         Set("sleep_millisecs", 0);
+        Memory other(64);
+        FillPages(other, [](std::size_t) { return 3; });
+        EXPECT_OK(ksmu_advise(other.data(), other.bytes(), KSMU_MERGEABLE | flags()));
         Set("run", 1);
-        EXPECT_TRUE(
-            WaitUntil([&] { return Get("frames_in_use") <= std::max(frames_before, 2 * Get("pages_shared")); }, 20))
-            << Get("frames_in_use") << " frames in use, " << Get("pages_shared") << " shared";
-        EXPECT_TRUE(mixture.Right());
+        EXPECT_TRUE(WaitUntil([&] { return Get("frames_in_use") <= 1; }, 20))
+            << Get("frames_in_use") << " frames in use";
+        EXPECT_TRUE(PagesAre(other, [](std::size_t) { return 3; }));
       },
       90);
 }
@@ -329,9 +333,9 @@ TEST_P(Fork, WhileMergingRunsFlatOut) {
             const std::size_t i = random() % (kPages - 4);
             if (random() % 8 == 0) {
               if (promised()) {
-                ASSERT_OK(ksmu_advise(mixture.memory.page(i), 4 * PageSize(), KSMU_DISCARD));
+                EXPECT_OK(ksmu_advise(mixture.memory.page(i), 4 * PageSize(), KSMU_DISCARD));
               } else {
-                ASSERT_EQ(madvise(mixture.memory.page(i), 4 * PageSize(), MADV_DONTNEED), 0);
+                EXPECT_EQ(madvise(mixture.memory.page(i), 4 * PageSize(), MADV_DONTNEED), 0);
               }
               std::fill_n(mixture.seeds.begin() + static_cast<std::ptrdiff_t>(i), 4, 0);
             } else {
@@ -347,8 +351,8 @@ TEST_P(Fork, WhileMergingRunsFlatOut) {
             mixture.Check(self, "after a raw discard in the child");
           });
           if (forks % 4 == 0) SleepSeconds(0.002);
-          ASSERT_TRUE(child.Join());
-          ASSERT_TRUE(mixture.Right()) << "in the parent after " << forks << " forks";
+          EXPECT_TRUE(child.Join());
+          EXPECT_TRUE(mixture.Right()) << "in the parent after " << forks << " forks";
         }
         stop = true;
         merger.join();
@@ -430,8 +434,10 @@ TEST_P(Fork, MergingGoesOnAfterTheChild) {
 
 // Dormant until the first call; then it merges, breaks, discards and stops like any other, beside the parent's.
 TEST_P(Fork, EngineWakesInTheChild) {
+  if (kind() != Kind::kFork) GTEST_SKIP() << "only in children of libc's fork can threads be started";
   RunIsolated([this] {
     Mixture mixture(flags());
+    const bool sync = (flags() & KSMU_F_SYNC_BREAK) != 0;
     Child child(kind(), [&](Child& self) {
       const auto expect = [&](bool condition, const char* what) {
         if (!condition) self.Report("%s (errno %d: %s)", what, errno, ksmu_last_error());
@@ -448,11 +454,20 @@ TEST_P(Fork, EngineWakesInTheChild) {
       expect(ksmu_read_stats(&stats, sizeof stats) == 0, "ksmu_read_stats");
       expect(stats.regions >= 1 && stats.region_bytes == static_cast<std::int64_t>(mixture.memory.bytes()),
              "the regions are inherited");
-      // Its own contents merge in its own pool.
+      // Its own contents merge in its own pool: what the parent had not merged at once, the rest when it has been
+      // discarded through the library (documented).
       for (std::size_t i = 0; i < 512; ++i) FillPage(mixture.memory.page(i), mixture.seeds[i] = 50 + i % 8);
       expect(ksmu_merge(nullptr, AllBytes()) >= 0, "ksmu_merge");
-      expect(ksmu_get("pages_merged", &value) == 0 && value >= 400, "what the child writes merges in the child");
+      expect(ksmu_get("pages_merged", &value) == 0 && value >= 100, "what the child writes merges in the child");
       mixture.Check(self, "merged in the child");
+      expect(ksmu_advise(mixture.memory.data(), 512 * PageSize(), KSMU_DISCARD) == 0, "discard");
+      for (std::size_t i = 0; i < 512; ++i) mixture.seeds[i] = 0;
+      mixture.Check(self, "discarded");
+      for (std::size_t i = 0; i < 512; ++i) FillPage(mixture.memory.page(i), mixture.seeds[i] = 70 + i % 8);
+      expect(ksmu_merge(nullptr, AllBytes()) >= 0, "ksmu_merge");
+      expect(ksmu_get("pages_merged", &value) == 0 && value >= (sync ? 100 : 400),
+             "what was discarded merges in the child");
+      mixture.Check(self, "merged again in the child");
       for (std::size_t i = 0; i < 512; i += 5) FillPage(mixture.memory.page(i), mixture.seeds[i] = 90);
       mixture.Check(self, "broken in the child");
       if (promised()) {
@@ -471,7 +486,7 @@ TEST_P(Fork, EngineWakesInTheChild) {
       while (ksmu_stop() == 0) {
       }
       expect(errno == EINVAL, "ksmu_stop");
-      expect(CountThreads() == 1, "the threads have ended");
+      expect(WaitUntil([] { return CountThreads() == 1; }, 5), "the threads have ended");
       mixture.Check(self, "stopped in the child");
       if (!promised()) {
         madvise(mixture.memory.data(), mixture.memory.bytes(), MADV_DONTNEED);
@@ -493,6 +508,7 @@ TEST_P(Fork, EngineWakesInTheChild) {
 
 // Each call that may be the first wakes it or does without.
 TEST_P(Fork, FirstCallsInTheChild) {
+  if (kind() != Kind::kFork) GTEST_SKIP() << "only in children of libc's fork can threads be started";
   RunIsolated(
       [this] {
         for (int which = 0; which < 7; ++which) {
@@ -549,6 +565,43 @@ TEST_P(Fork, FirstCallsInTheChild) {
         }
       },
       90);
+}
+
+// Where no thread can be started, what needs one says so, and the rest works.
+TEST_P(Fork, CallsThatNeedAnEngineFail) {
+  if (kind() == Kind::kFork) GTEST_SKIP() << "about children that are not made by libc's fork";
+  RunIsolated([this] {
+    Mixture mixture(flags());
+    Child child(kind(), [&](Child& self) {
+      const auto refused = [&](long result, const char* what) {
+        if (result != -1 || errno != EAGAIN) self.Report("%s returns %ld, errno %d", what, result, errno);
+        if (ksmu_last_error()[0] == 0) self.Report("%s does not say why", what);
+      };
+      char* const data = mixture.memory.data();
+      const std::size_t bytes = mixture.memory.bytes();
+      refused(ksmu_merge(data, bytes), "ksmu_merge");
+      refused(ksmu_advise(data, bytes, KSMU_MERGEABLE | flags()), "KSMU_MERGEABLE");
+      refused(ksmu_advise(data, bytes, KSMU_UNMERGEABLE), "KSMU_UNMERGEABLE");
+      refused(ksmu_map(PageSize(), 0) == MAP_FAILED ? -1 : 0, "ksmu_map");
+      mixture.Check(self, "after refused calls");
+      ksmu_stats stats;
+      if (ksmu_read_stats(&stats, sizeof stats) != 0) self.Report("ksmu_read_stats: errno %d", errno);
+      if (stats.pages_merged != 0 || stats.pages_merged_total != 0) self.Report("a child's counters start at 0");
+      if (ksmu_advise(data, 64 * PageSize(), KSMU_DISCARD) != 0) self.Report("discard: errno %d", errno);
+      for (std::size_t i = 0; i < 64; ++i) mixture.seeds[i] = 0;
+      mixture.Check(self, "after a discard");
+      char* const half = mixture.memory.page(kPages / 2);
+      if (ksmu_unmap(half, bytes / 2) != 0) self.Report("ksmu_unmap: errno %d", errno);
+      if (mmap(half, bytes / 2, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) !=
+          half) {
+        self.Report("mmap: errno %d", errno);
+      }
+      for (std::size_t i = kPages / 2; i < kPages; ++i) mixture.seeds[i] = 0;
+      mixture.Check(self, "after ksmu_unmap");
+    });
+    child.Join();
+    EXPECT_TRUE(mixture.Right());
+  });
 }
 
 // --- others that make processes -----------------------------------------------------------------------------------
@@ -679,7 +732,7 @@ KSMU_ISOLATED_TEST(ForkOthers, ForkWhileOthersCallTheLibrary, 90) {
       for (std::size_t i = 0; i < 16; ++i) mixture.seeds[i] = 0;
       mixture.Check(self, "after a discard");
     });
-    ASSERT_TRUE(child.Join());
+    EXPECT_TRUE(child.Join());
   }
   stop = true;
   for (std::thread& thread : threads) thread.join();

@@ -62,6 +62,14 @@ void ShadowPage::Undo(int id) {
   std::erase_if(flying_, [&](const Flying& f) { return f.id == id; });
 }
 
+void ShadowPage::AllowZero() {
+  const std::size_t n = states_.size();
+  for (std::size_t i = 0; i < n; ++i) {
+    const State s = states_[i];
+    Add(&states_, {std::make_shared<const std::string>(s.content->size(), '\0'), s.applied});
+  }
+}
+
 bool ShadowPage::InFlight(Change::Kind kind) const {
   return std::any_of(flying_.begin(), flying_.end(), [&](const Flying& f) { return f.change.kind == kind; });
 }

@@ -28,6 +28,7 @@ class ShadowPage {
   void Begin(int id, const Change& change);
   void End(int id);  // it has taken effect
   void Undo(int id); // it has not, and will not (the access was refused)
+  void AllowZero();  // it may also read as zeros
   bool InFlight() const { return !flying_.empty(); }
   bool InFlight(Change::Kind kind) const;
   // The program has seen this. False: it cannot be.

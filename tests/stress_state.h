@@ -34,7 +34,7 @@ constexpr Kind kKinds[] = {Kind::kExact, Kind::kPromise, Kind::kSync, Kind::kMap
 const char* KindName(Kind kind);
 
 enum class Op : std::uint8_t {
-  kNone, kCheck, kWord, kFill, kSame, kDiscard, kPipe, kDirect, kVmWrite, kProcMem, kProtect, kRing, kRingSubmit,
+  kNone, kCheck, kWord, kFill, kSame, kDiscard, kSeenDiscard, kPipe, kDirect, kVmWrite, kProcMem, kProtect, kRing, kRingSubmit,
   kRingComplete, kRemap, kUnadvise, kExplain, kPageOut, kFork, kClone, kCount
 };
 const char* OpName(Op op);
@@ -49,7 +49,11 @@ struct Page {
   std::uint8_t pinned = 0;     // a registered buffer covers it: a discard would orphan it
   std::uint8_t busy = 0;       // a read into it is under way: old or new
   std::uint8_t next = 0;
-  struct { Op op; double when; } history[kHistory] = {};
+  struct {
+    Op op;
+    double when;
+    std::uint16_t first, count;  // the pages that the operation was about
+  } history[kHistory] = {};
 };
 
 struct Region {
@@ -85,6 +89,7 @@ struct Phase {
 struct State {
   Options options;
   Phase phase{};
+  double phase_start = 0;
   std::vector<Region> regions;
   std::atomic<bool> stop{false};      // this phase is over
   std::atomic<bool> failed{false};
@@ -120,6 +125,10 @@ class Random {
   std::uint64_t x_;
 };
 
+// What the library did lately: the named points that it passed (src/base/test_point.h), for the report of a wrong page.
+void RecordPoints();
+std::string PointsOf(const void* page);
+
 void SetUpPatterns();
 void SetUpRegions();
 void Advise(Region& region, std::size_t first, std::size_t pages);
@@ -129,7 +138,7 @@ inline std::size_t WordOffset(int owner) { return g.page_size / 2 + 8 * static_c
 inline unsigned char* PageAt(const Region& r, std::size_t i) { return r.base + i * g.page_size; }
 
 // Sets what page i has to be; Note adds to its history.
-void Note(Region& region, std::size_t i, Op op);
+void Note(Region& region, std::size_t i, Op op, std::size_t first, std::size_t count);
 // True if the page is what it has to be; else reports it (once a page), with the page's history.
 bool Check(Region& region, std::size_t i, const char* when);
 // For children: reports nothing.

@@ -188,6 +188,7 @@ void CheckEverything(const char* when) {
 
 void RunPhase(const Phase& phase) {
   g.phase = phase;
+  g.phase_start = Now();
   g.stop.store(false);
   Guarded("start", [&] {
     if (ksmu_start(nullptr, sizeof(ksmu_options)) != 0) Fail("ksmu_start: %s: %s", strerror(errno), ksmu_last_error());
@@ -300,6 +301,7 @@ int Main(int argc, char** argv) {
     return 77;
   }
   setvbuf(stdout, nullptr, _IOLBF, 0);
+  RecordPoints();
   SetUpPatterns();
   SetUpShared();
   SetUpLocks();

@@ -108,7 +108,7 @@ void WorkerThread::Expect(const Choice& c, std::size_t k, std::size_t pattern, s
   Page& page = c.region->pages[c.first + k];
   page.pattern = static_cast<std::uint8_t>(pattern);
   page.value = static_cast<std::uint8_t>(value);
-  Note(*c.region, c.first + k, op);
+  Note(*c.region, c.first + k, op, c.first, c.count);
 }
 
 bool WorkerThread::CheckAll(const Choice& c, const char* when) {
@@ -141,7 +141,7 @@ void WorkerThread::Same(const Choice& c) {
   for (std::size_t k = 0; k < c.count; ++k) {
     volatile unsigned char* byte = PageAt(*c.region, c.first + k) + random_.Below(g.page_size);
     *byte = *byte;
-    Note(*c.region, c.first + k, Op::kSame);
+    Note(*c.region, c.first + k, Op::kSame, c.first, c.count);
   }
 }
 
@@ -154,7 +154,7 @@ void WorkerThread::Discard(const Choice& c) {
     if (!raw && errno == EAGAIN && !g.library_on.load()) return;  // being stopped: nothing was done
     return Fail("%s discard: %s", raw ? "raw" : "seen", strerror(errno));
   }
-  for (std::size_t k = 0; k < c.count; ++k) Expect(c, k, 0, 0, Op::kDiscard);
+  for (std::size_t k = 0; k < c.count; ++k) Expect(c, k, 0, 0, raw ? Op::kDiscard : Op::kSeenDiscard);
   if (random_.OneIn(2)) CheckAll(c, "right after a discard");
   // Most get contents again soon: zero pages do not merge into frames.
   if (!random_.OneIn(4)) Fill(c);
@@ -222,7 +222,7 @@ void WorkerThread::Protect(const Choice& c) {
   const std::size_t bytes = c.count * g.page_size;
   const bool none = random_.OneIn(2);
   if (mprotect(start, bytes, none ? PROT_NONE : PROT_READ) != 0) return Fail("mprotect: %s", strerror(errno));
-  for (std::size_t k = 0; k < c.count; ++k) Note(*c.region, c.first + k, Op::kProtect);
+  for (std::size_t k = 0; k < c.count; ++k) Note(*c.region, c.first + k, Op::kProtect, c.first, c.count);
   if (!none) CheckAll(c, "read-only");
   if (random_.OneIn(3)) test::SleepSeconds(0.0003);
   if (g.phase.descriptors) {
@@ -269,7 +269,7 @@ void WorkerThread::Unadvise(const Choice& c) {
   if (ksmu_advise(PageAt(*c.region, c.first), c.count * g.page_size, KSMU_UNMERGEABLE) != 0 && g.library_on.load()) {
     return Fail("KSMU_UNMERGEABLE: %s: %s", strerror(errno), ksmu_last_error());
   }
-  for (std::size_t k = 0; k < c.count; ++k) Note(*c.region, c.first + k, Op::kUnadvise);
+  for (std::size_t k = 0; k < c.count; ++k) Note(*c.region, c.first + k, Op::kUnadvise, c.first, c.count);
   CheckAll(c, "right after KSMU_UNMERGEABLE");
   Advise(*c.region, c.first, c.count);
 }
@@ -391,7 +391,7 @@ void WorkerThread::RingStep() {
     g.tally.ring_registers.fetch_add(1);
     for (std::size_t k = 0; k < buffer_.count; ++k) {
       buffer_.region->pages[buffer_.first + k].pinned = 1;
-      Note(*buffer_.region, buffer_.first + k, Op::kRing);
+      Note(*buffer_.region, buffer_.first + k, Op::kRing, buffer_.first, buffer_.count);
     }
     CheckAll(buffer_, "right after io_uring_register_buffers");
     return;
@@ -415,7 +415,7 @@ void WorkerThread::RingStep() {
   flight_page_ = k;
   flight_pattern_ = PatternFor(buffer_.first + k);
   if (!RingSubmit(ring_pipe_[0], k, 0)) return;
-  Note(*buffer_.region, buffer_.first + k, Op::kRingSubmit);
+  Note(*buffer_.region, buffer_.first + k, Op::kRingSubmit, buffer_.first + k, 1);
   buffer_.region->pages[buffer_.first + k].busy = 1;
   in_flight_ = true;
 }
@@ -501,7 +501,7 @@ void WorkerThread::OneStep() {
     case Op::kPageOut:
       if (g.options.zram && madvise(PageAt(*c.region, c.first), c.count * g.page_size, MADV_PAGEOUT) == 0) {
         g.tally.swapped_out.fetch_add(c.count);
-        for (std::size_t k = 0; k < c.count; ++k) Note(*c.region, c.first + k, Op::kPageOut);
+        for (std::size_t k = 0; k < c.count; ++k) Note(*c.region, c.first + k, Op::kPageOut, c.first, c.count);
       }
       break;
     default: break;

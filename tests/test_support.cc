@@ -405,9 +405,13 @@ void FillPages(const Memory& memory, const std::function<std::uint64_t(std::size
 }
 
 std::size_t CountResident(const void* start, std::size_t bytes) {
-  // pagemap: bit 63 present, 62 swapped. The kernel's zero page is present, but nobody's memory: its frame number is
-  // the one that a fresh mapping shows after a read (frame numbers need CAP_SYS_ADMIN; without it nothing is
-  // subtracted).
+  // pagemap: bit 63 present, 62 swapped. The kernel's zero page is present, but nobody's memory: its frame number is the
+  // one that a fresh mapping shows after a read (frame numbers need CAP_SYS_ADMIN; without it nothing is subtracted).
+  // The marks that userfaultfd leaves behind where write-protected pages were discarded show as swapped too, on a device
+  // (the lowest five bits) that does not exist.
+  const std::string swaps = ReadFile("/proc/swaps");
+  const auto lines = std::count(swaps.begin(), swaps.end(), '\n');
+  const std::uint64_t swap_devices = lines > 1 ? static_cast<std::uint64_t>(lines - 1) : 0;
   const int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   if (fd < 0) return 0;
   const auto entry = [&](const volatile char* page) {
@@ -433,7 +437,8 @@ std::size_t CountResident(const void* start, std::size_t bytes) {
     if (got <= 0) break;
     const std::size_t n = static_cast<std::size_t>(got) / 8;
     for (std::size_t k = 0; k < n; ++k) {
-      const bool swapped = (entries[k] >> 62) & 1, present = (entries[k] >> 63) & 1;
+      const bool swapped = ((entries[k] >> 62) & 1) != 0 && (entries[k] & 31) < swap_devices;
+      const bool present = (entries[k] >> 63) & 1;
       if (swapped || (present && (zero_frame == 0 || (entries[k] & kFrame) != zero_frame))) ++resident;
     }
     i += n;

@@ -128,9 +128,19 @@ void Engine::Untrack(Span span) {
   });
 }
 
-// Gives every merged page of [run) a copy of its own, by the kernel's own copy-on-write: no gate, no bytes changed.
-int Engine::PopulateRun(const Region& region, Span run) {
+// Gives every merged page of the run a copy of its own: as anonymous memory again, which can be discarded, made huge or
+// merged like any other. Where that is refused (the map limit, a page that was written a moment ago), the kernel is made
+// to copy in place: the contents are private then, but stay in the run's mapping.
+int Engine::UnmergeRun(const Region& region, Span run) {
   KSMU_TEST_POINT("unmerge.begin", run.start, run.bytes);
+  if (Detach(region, run) == 0) {
+    KSMU_TEST_POINT("unmerge.populated", run.start, run.bytes);
+    for (Address a = run.start; a < run.end(); a += page_) {
+      if (!table_.Load(a).covers()) Set(a, Page());
+    }
+    KSMU_TEST_POINT("unmerge.booked", run.start, run.bytes);
+    return 0;
+  }
   const int error = system_.PopulateWrite(run);
   KSMU_TEST_POINT("unmerge.populated", run.start, run.bytes);
   for (Address a = run.start; a < run.end(); a += page_) {
@@ -149,9 +159,7 @@ int Engine::PopulateRun(const Region& region, Span run) {
     // Not writable at the moment (PROT_NONE, PROT_READ), or the populating was refused: replace what is left.
     Address end = a;
     while (end < run.end() && table_.Load(end).state() == PageState::kMerged) end += page_;
-    Region retired = region;
-    retired.kind = Region::kRetired;
-    if (int failed = Detach(retired, {a, end - a})) {
+    if (int failed = Detach(region, {a, end - a})) {
       os::Mapping mapping;
       const int unknown = system_.QueryMapping(a, &mapping);
       if (unknown == -ENOENT || (!unknown && (mapping.start > a || !pool_.Shows(mapping, a, table_.Load(a).value())))) {
@@ -185,7 +193,10 @@ int Engine::UnmergeRange(const Region& region, Span span) {
         continue;
       }
       Address end = a;
-      while (end < high && (end - a) / page_ < kPopulatePages && table_.Load(end).state() == PageState::kMerged) end += page_;
+      while (end < high && (end - a) / page_ < kPopulatePages && table_.Load(end).state() == PageState::kMerged &&
+             table_.Load(end).value() == page.value() + (end - a) / page_) {
+        end += page_;
+      }
       if (allowance < end - a) {
         // Never provoke the OOM killer: ask, take at most half of what is free, ask again.
         const std::uint64_t available = system_.AvailableMemory();
@@ -193,7 +204,7 @@ int Engine::UnmergeRange(const Region& region, Span span) {
         if (allowance < end - a) return -ENOMEM;
       }
       allowance -= end - a;
-      if (int error = PopulateRun(region, {a, end - a})) return error;
+      if (int error = UnmergeRun(region, {a, end - a})) return error;
       a = end;
     }
     segment->unsettled = 1;
@@ -226,10 +237,10 @@ int Engine::Unmerge(Span span) {
   for (Address at = span.start; NextIn(span, &at, &region);) {
     const Span part = region.span();
     if (region.kind == Region::kMergeable) {
-      if (int error = UnmergeRange(region, part)) return error;
-      Untrack(part);
       Region retired = region;
       retired.kind = Region::kRetired;
+      if (int error = UnmergeRange(retired, part)) return error;
+      Untrack(part);
       if (!regions_.Set(retired)) return -ENOMEM;
       Audit(retired);  // nothing of it lies in a run's mapping: forgotten at once
     }
@@ -261,9 +272,11 @@ void Engine::DetachEverything() {
   const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));
   const bool no_pins = system_.NoLongTermPins();
   const std::uint32_t now = NowSeconds();
-  auto may = [&](Page page) {
+  auto may = [&](Address a) {
+    const Page page = table_.Load(a);
     if (page.busy() || page.unconfirmed()) return false;
-    if (page.state() == PageState::kMerged || page.state() == PageState::kDropped) return true;
+    // Written, and perhaps pinned, since the last sweep: not known as broken yet.
+    if (page.state() == PageState::kMerged || page.state() == PageState::kDropped) return !IsPrivate(a);
     return (page.state() == PageState::kBroken || page.state() == PageState::kResidue) && no_pins && page.tries() >= 1 &&
            ((now - page.stamp()) & Page::kStampMask) >= seconds;
   };
@@ -271,12 +284,12 @@ void Engine::DetachEverything() {
     const Address end_of_segment = segment->start + kSegmentBytes;
     for (Address a = segment->start; a < end_of_segment;) {
       const Page first = table_.Load(a);
-      if (!may(first)) {
+      if (!may(a)) {
         a += page_;
         continue;
       }
       Address end = a + page_;
-      while (end < end_of_segment && (end - a) / page_ < kMaxRunPages && may(table_.Load(end)) &&
+      while (end < end_of_segment && (end - a) / page_ < kMaxRunPages && may(end) &&
              table_.Load(end).value() == first.value() + (end - a) / page_) {
         end += page_;
       }
@@ -339,6 +352,8 @@ bool Engine::IsInherited(const os::Mapping& mapping) const {
 
 int Engine::Discard(Span span) {
   ApplyMoves();
+  // Under a gate that could not be taken back, the discard would wait for this very thread.
+  for (int attempt = 0; attempt < 100 && !gate_.Repair(); ++attempt) system_.Yield();
   const int error = system_.Discard(span);
   if (inherited_count_ && !error) {
     // Frames of the parent's pool would show again: anonymous memory takes their place, and can be merged from now on.
@@ -371,6 +386,10 @@ int Engine::Discard(Span span) {
       segment->unsettled = 1;
     }
   }
+  Region part;
+  for (Address at = span.start; !error && NextIn(span, &at, &part);) {
+    if (part.kind == Region::kMergeable) TendDropped(part, part.span());
+  }
   return error;
 }
 
@@ -378,6 +397,7 @@ int Engine::Unmap(Span span) {
   ApplyMoves();
   const int error = system_.Unmap(span);
   if (error) return error;
+  AwaitForks();
   ForgetRange(span);
   regions_.Erase(span);
   if (pool_.ReclaimDue()) pool_.Reclaim(&Engine::ForgetFrame, this);

@@ -23,19 +23,41 @@ namespace {
 constexpr std::uint32_t kLookedAt = 15;  // Page::tries of a broken page that matches nothing: not read again every pass
 }
 
+// Discarded pages go back to anonymous memory, where what the program puts there next can be merged like any other page.
+void Engine::TendDropped(const Region& region, Span span) {
+  for (Segment* segment = table_.NextSegment(span.start); segment && segment->start < span.end();
+       segment = table_.NextSegment(segment->start + kSegmentBytes)) {
+    const Address high = std::min(span.end(), segment->start + kSegmentBytes);
+    for (Address at = std::max(span.start, segment->start); at < high;) {
+      const Page first = table_.Load(at);
+      Address end = at + page_;
+      if (first.state() == PageState::kDropped && !first.busy()) {
+        while (end < high && (end - at) / page_ < kMaxRunPages) {
+          const Page next = table_.Load(end);
+          if (next.state() != PageState::kDropped || next.busy() || next.value() != first.value() + (end - at) / page_) break;
+          end += page_;
+        }
+        Detach(region, {at, end - at});
+      }
+      at = end;
+    }
+  }
+}
+
 // Looks at what lies broken or dropped in [from, to), and does what can be done for it.
 void Engine::TendBroken(const Region& region, Address from, Address to) {
   const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));
   const std::uint32_t now = NowSeconds();
   const bool look_again = pass_ % 64 == 0;
+  TendDropped(region, {from, to - from});
   for (Address at = from; at < to;) {
     const Page first = table_.Load(at);
     auto ripe = [&](Page page) {
-      return page.state() == PageState::kBroken && !page.busy() && !page.unconfirmed() && page.tries() >= 1 &&
+      // Under a synchronous breaker no sweep tells whether a broken page is still.
+      return !region.sync_break && page.state() == PageState::kBroken && !page.busy() && !page.unconfirmed() && page.tries() >= 1 &&
              (page.tries() != kLookedAt || look_again) && ((now - page.stamp()) & Page::kStampMask) >= seconds;
     };
-    const bool dropped = first.state() == PageState::kDropped && !first.busy();
-    if (!dropped && !ripe(first)) {
+    if (!ripe(first)) {
       at += page_;
       continue;
     }
@@ -43,20 +65,15 @@ void Engine::TendBroken(const Region& region, Address from, Address to) {
     while (end < to && (end - at) / page_ < kMaxRunPages) {
       const Page next = table_.Load(end);
       if (next.value() != first.value() + (end - at) / page_) break;
-      if (dropped ? next.state() != PageState::kDropped || next.busy() : !ripe(next)) break;
+      if (!ripe(next)) break;
       end += page_;
     }
     const Span run{at, end - at};
-    if (dropped) {
-      Detach(region, run);
-      at = end;
-      continue;
-    }
     // A long-term pin may be older than the break, and a page pinned for DMA must stay where it is. Pins taken after
-    // the last sweep had to write to the page first, and then it is not ripe: so one look a pass is enough.
-    if (no_pins_pass_ != pass_ || now_) {
+    // the last sweep had to write to the page first, and then it is not ripe: so one look a sweep is enough.
+    if (!no_pins_known_) {
       no_pins_ = system_.NoLongTermPins();
-      no_pins_pass_ = pass_;
+      no_pins_known_ = true;
     }
     if (!no_pins_) return;
     TendRun(region, run);
@@ -151,14 +168,20 @@ bool Engine::TakeFromRun(Span run) {
   Address to = 0;
   own_move_from_.store(run.start, std::memory_order_release);
   const int error = system_.TakePages(run, &to);
+  // The event has been read, but only with the mutex is it certain that the event thread has looked at it.
+  std::unique_lock lock(events_mutex_);
   own_move_from_.store(0, std::memory_order_release);
-  std::lock_guard lock(events_mutex_);
   if (error) {
     LetGo();
     return false;
   }
   hold_.taken_to = to;
   KSMU_TEST_POINT("remerge.taken", run.start, run.bytes);
+  lock.unlock();
+  // Where nothing is a mark may lie, and looks like a private page that is swapped out.
+  for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
+    while (system_.WriteProtect(breaker, {to, run.bytes}, false) == -EAGAIN) system_.Yield();
+  }
   return true;
 }
 
@@ -210,7 +233,33 @@ void Engine::ReturnHeld(std::size_t i) {
   // Neither breaker holds the place any more: the page itself goes back.
   own_move_from_.store(from, std::memory_order_release);
   system_.MoveMapping(from, page_, a);
+  std::lock_guard lock(events_mutex_);
   own_move_from_.store(0, std::memory_order_release);
+}
+
+// Puts the page itself back, not a copy: somebody may have it pinned. Its mapping leaves the breaker for the move, which
+// would otherwise wait for an event to be read, and joins it again at once.
+void Engine::MoveBackHeld(std::size_t i) {
+  const Address a = hold_.run.start + i * page_;
+  const Address from = hold_.taken_to + i * page_;
+  for (;;) {
+    {
+      std::lock_guard lock(events_mutex_);
+      if (table_.Load(a).discarded()) return;
+      if (!system_.EventPending(os::kBreaker) && !system_.EventPending(os::kSyncBreaker)) {
+        const os::Context breaker = system_.Unregister(os::kBreaker, {from, page_}) == 0 ? os::kBreaker : os::kSyncBreaker;
+        if (breaker == os::kSyncBreaker) system_.Unregister(breaker, {from, page_});
+        constexpr std::uint32_t modes = os::kMissing | os::kWriteProtect | os::kMinor;
+        if (system_.MoveMapping(from, page_, a) == 0) {
+          if (system_.Register(breaker, {a, page_}, modes) != 0) gate_.AddRepair({a, page_}, breaker, modes);
+          return;
+        }
+        break;
+      }
+    }
+    system_.Yield();
+  }
+  ReturnHeld(i);  // the move was refused: a copy keeps the bytes at least
 }
 
 // Maps the frames beneath again, where the pages are equal to them and nobody can be writing.
@@ -290,17 +339,21 @@ int Engine::Detach(const Region& region, Span run) {
   const Address taken_to = hold_.taken_to;
   const std::size_t n = run.bytes / page_;
   system_.Protect({taken_to, run.bytes}, os::Protection::kReadWrite);
-  std::array<bool, kMaxRunPages> filled{};
+  std::array<bool, kMaxRunPages> filled{}, written{};
   bool complete = true;
   for (std::size_t i = 0; i < n; ++i) {
     const Page page = table_.Load(run.start + i * page_);
     const Address to = fresh + i * page_;
-    if (page.state() == PageState::kDropped && !IsPrivate(taken_to + i * page_)) continue;  // reads as zeros
-    if (page.state() == PageState::kMerged && !IsPrivate(taken_to + i * page_)) {
-      std::copy_n(pool_.Bytes(page.value()), page_, reinterpret_cast<std::byte*>(to));
-    } else if (held_marks_[i] && !IsPrivate(taken_to + i * page_)) {
+    if (page.state() == PageState::kMerged && IsPrivate(taken_to + i * page_, true)) {
+      // Broken since the last sweep, and so perhaps pinned: this very page has to go back.
+      written[i] = true;
+      complete = false;
       continue;
-    } else if (system_.ReadProgram(taken_to + i * page_, reinterpret_cast<void*>(to), page_) != page_) {
+    }
+    // Discarded and not written since: reads as zeros. The rest is read where it is, also what should map its frame: it
+    // can have been written, and swapped out, since anybody looked.
+    if ((page.state() == PageState::kDropped || held_marks_[i]) && !IsPrivate(taken_to + i * page_, true)) continue;
+    if (system_.ReadProgram(taken_to + i * page_, reinterpret_cast<void*>(to), page_) != page_) {
       complete = false;
     }
     filled[i] = true;
@@ -310,11 +363,12 @@ int Engine::Detach(const Region& region, Span run) {
   if (!(mapping.readable && mapping.writable)) {
     system_.Protect({fresh, run.bytes}, mapping.readable ? os::Protection::kRead : os::Protection::kNone);
   }
-  bool replaced = false;
-  while (complete && !replaced) {
+  bool replaced = false, released = false;
+  while (complete && !released) {
     {
       std::lock_guard lock(events_mutex_);
-      if (!system_.EventPending(os::kBreaker) && !system_.EventPending(os::kSyncBreaker)) {
+      const auto pending = [&] { return system_.EventPending(os::kBreaker) || system_.EventPending(os::kSyncBreaker); };
+      if (!replaced && !pending()) {
         for (std::size_t i = 0; i < n; ++i) {
           if (table_.Load(run.start + i * page_).discarded() && filled[i]) {
             system_.Discard({fresh + i * page_, page_});
@@ -324,6 +378,10 @@ int Engine::Detach(const Region& region, Span run) {
         if (system_.MoveMapping(fresh, run.bytes, run.start) != 0) break;
         replaced = true;
         KSMU_TEST_POINT("detach.replaced", run.start, run.bytes);
+      }
+      // A fork that came between the look and the move has copied the place without its pages: its event must still
+      // find the hold.
+      if (replaced && !pending()) {
         for (std::size_t i = 0; i < n; ++i) {
           const Address a = run.start + i * page_;
           ForgetPage(a, table_.Find(a));
@@ -335,13 +393,18 @@ int Engine::Detach(const Region& region, Span run) {
         // Before the waiters go on: what they touch next is ordinary memory.
         LetGo();
         system_.Unmap({taken_to, run.bytes});
+        released = true;
       }
     }
-    if (!replaced) system_.Yield();
+    if (!released) system_.Yield();
   }
   if (!replaced) {
     for (std::size_t i = 0; i < n; ++i) {
-      if (IsPrivate(taken_to + i * page_)) {
+      if (written[i]) {
+        MoveBackHeld(i);
+        continue;
+      }
+      if (IsPrivate(taken_to + i * page_, true)) {
         ReturnHeld(i);
         continue;
       }
@@ -366,14 +429,14 @@ int Engine::Detach(const Region& region, Span run) {
 }
 
 // True if the page is the process's own, not a frame: present or swapped out.
-bool Engine::IsPrivate(Address a) {
+bool Engine::IsPrivate(Address a, bool unmarked) {
   os::ScanRequest request;
   request.any_of = os::kPresent | os::kSwapped;
   request.returned = os::kPresent | os::kFile | os::kPfnZero | os::kSwapped;
   os::PageRun run;
   const os::ScanResult scan = system_.Scan({a, page_}, request, &run, 1);
   if (scan.error || scan.runs == 0) return false;
-  return !(run.categories & (os::kFile | os::kPfnZero)) && (run.categories & os::kPresent);
+  return !(run.categories & (os::kFile | os::kPfnZero)) && (run.categories & (unmarked ? os::kPresent | os::kSwapped : os::kPresent));
 }
 
 }  // namespace ksmu::engine

@@ -88,7 +88,7 @@ class Engine {
   std::size_t frames_in_use() const { return pool_.in_use(); }
   std::size_t frames_live() const { return pool_.live(); }
   std::size_t metadata_bytes() const;
-  std::size_t maps_used() const { return maps_used_; }  // estimate: one for each run attached
+  std::size_t maps_used() const { return maps_used_; }  // runs: each is a mapping, whatever lies around it
   const RegionList& regions() const { return regions_; }
   RegionCounts CountRegion(Span span) const;
   Page Explain(Address a) const { return table_.Load(a); }
@@ -119,6 +119,7 @@ class Engine {
   bool Change(Words* word, Page& from, Page to);  // compare and swap; `from` is reloaded on failure
   void Set(Address a, Page to);                   // scanner, page not in an event's reach
   void MarkDiscarded(Address a, Words* word);     // event thread
+  std::size_t RunStartsAt(Address a) const;       // runs that begin at the page or at the one after it
   void ForgetPage(Address a, Words* word);        // the page is in nobody's run any more: gives up frame and cover
   void ForgetRange(Span span);
 
@@ -150,6 +151,8 @@ class Engine {
   bool MarkBusy(Span run);
   void ClearBusy(Span run);
   // How many pages from the start can be taken now; *reason for the one after them.
+  void NoteDiscards(Span run, std::size_t from);
+  bool DiscardInFlight(Address page, std::uint64_t now) const;
   std::size_t Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes, Reason* reason);
   Reason WhyNotTaken(Address page, int error, Span rest, bool* healed);
   void RefreshAttributes();
@@ -160,19 +163,21 @@ class Engine {
 
   // detach.cc
   void TendBroken(const Region& region, Address from, Address to);
+  void TendDropped(const Region& region, Span span);
   void TendRun(const Region& region, Span run);
   bool HasMatch(Address page, const std::byte* bytes);
   std::size_t Remerge(Span run);
   int Detach(const Region& region, Span run);  // back to anonymous memory, contents kept
   bool TakeFromRun(Span run);
   void ReturnHeld(std::size_t i);
+  void MoveBackHeld(std::size_t i);
   void LetGo();
-  bool IsPrivate(Address a);
+  bool IsPrivate(Address a, bool unmarked = false);
 
   // commands.cc
   bool NextIn(Span span, Address* at, Region* part) const;
   int UnmergeRange(const Region& region, Span span);
-  int PopulateRun(const Region& region, Span run);
+  int UnmergeRun(const Region& region, Span run);
   void DetachEverything();
   void FillMarked(Span span);
   void Untrack(Span span);
@@ -186,11 +191,11 @@ class Engine {
   void OnFault(os::Context context, Child* child, const os::Event& event);
   void FillZeros(os::Context context, Span span);
   bool ApplyMoves();
+  void AwaitForks();
   Address Translate(Address a) const;
 
   os::Context BreakerOf(const Region& region) const { return region.sync_break ? os::kSyncBreaker : os::kBreaker; }
   std::uint32_t NowSeconds() const { return static_cast<std::uint32_t>(system_.NowNanoseconds() / 1000000000u); }
-  void CountMap(std::int64_t n) { maps_used_.fetch_add(static_cast<std::size_t>(n), std::memory_order_relaxed); }
 
   os::System& system_;
   const Tunables& tunables_;
@@ -226,8 +231,15 @@ class Engine {
   std::uint64_t attributes_at_ = 0;
   base::OwnVector<Address> unwaitable_;  // sorted page addresses
   std::uint64_t unwaitable_at_ = 0;
-  bool no_pins_ = false;          // answer of the last look at the descriptors, with its time
-  std::uint32_t no_pins_pass_ = 0;
+  bool no_pins_ = false;          // answer of the last look at the descriptors
+  struct InFlight {
+    Address page = 0;
+    std::uint64_t until = 0;
+  };
+  std::array<InFlight, 4 * kMaxRunPages> in_flight_{};  // a ring; scanner only
+  std::size_t in_flight_next_ = 0;
+  std::uint64_t in_flight_until_ = 0;  // the latest of them
+  bool no_pins_known_ = false;    // and it is of this sweep
   const os::File* inherited_ = nullptr;
   std::size_t inherited_count_ = 0;
 

@@ -141,6 +141,11 @@ void Engine::FillZeros(os::Context context, Span span) {
       system_.Yield();
       continue;
     }
+    if (error == -ENOENT && span.bytes > page_) {
+      // Not all of it is this context's: each page for itself, so that the one that somebody waits for is served.
+      for (std::size_t done = 0; done < span.bytes; done += page_) FillZeros(context, {span.start + done, page_});
+      return;
+    }
     if (error) return;
     std::size_t filled = 0, most = span.bytes;
     for (std::size_t done = 0; done < span.bytes;) {
@@ -186,7 +191,8 @@ void Engine::OnFault(os::Context context, Child* child, const os::Event& event) 
   }
 
   const bool zeros = child ? child->discards.Contains(a, shift) || !event.minor
-                           : page.discarded() || !event.minor || (page.covers() && page.state() != PageState::kMerged);
+                           : page.discarded() || !event.minor ||
+                                 (page.covers() && page.state() != PageState::kMerged && !page.unconfirmed());
   Address end = a + page_;
   const std::size_t around = zeros ? kZeroAround : kContinueAround;
   for (std::size_t i = 1; i < around; ++i, end += page_) {
@@ -239,10 +245,16 @@ void Engine::OnFork(os::Context context, Child* parent, os::Context child_contex
       }
     }
   }
-  // Pages that the scanner has taken out of their run are not where the child would look: give it copies.
-  for (Address a = hold_.run.start; hold_.taken_to && a < hold_.run.end(); a += page_) {
+  // Pages that the scanner has taken out of their run are not where the child would look: give it copies. Their marks are
+  // not in their words for the time being.
+  for (Address a = hold_.run.start; a < hold_.run.end(); a += page_) {
     const Page page = table_.Load(a);
     if (!page.busy() || page.discarded()) continue;
+    const bool marked = held_marks_[(a - hold_.run.start) / page_];
+    if (marked) child->discards.Add(a, shift);
+    if (!hold_.taken_to) continue;  // the fork came first: the child has what was there
+    // A frame, which the child's fault maps, or nothing: to read it here would be a fault for this thread to answer.
+    if (!IsPrivate(hold_.taken_to + (a - hold_.run.start)) && (marked || page.state() != PageState::kBroken)) continue;
     if (system_.ReadProgram(hold_.taken_to + (a - hold_.run.start), event_scratch_, page_) != page_) continue;
     for (int attempt = 0; attempt < 100; ++attempt) {
       if (system_.Copy(child_context, a, event_scratch_, page_, true).error != -EAGAIN) break;
@@ -281,6 +293,13 @@ Address Engine::Translate(Address a) const {
   return a;
 }
 
+// A fork whose event has not been handled yet has copied mappings of which only we know what was discarded in them. Called
+// when such a mapping is seen to be gone, before what is known of it is forgotten.
+void Engine::AwaitForks() {
+  while (system_.EventPending(os::kBreaker) || system_.EventPending(os::kSyncBreaker)) system_.Yield();
+  std::lock_guard lock(events_mutex_);
+}
+
 // Follows merged memory that the program has moved: its words, and its region. True: nothing is left to follow.
 bool Engine::ApplyMoves() {
   while (move_count_.load(std::memory_order_acquire)) {
@@ -305,10 +324,13 @@ bool Engine::ApplyMoves() {
       Words* new_word = table_.Find(to.start + (a - moved.from));
       ForgetPage(to.start + (a - moved.from), new_word);
       Page before(new_word->load(std::memory_order_acquire));
+      const Address new_page = to.start + (a - moved.from);
+      const std::size_t starts = RunStartsAt(a) + RunStartsAt(new_page);
       while (!Change(new_word, before, page)) {
       }
       while (!Change(old_word, page, Page())) {
       }
+      maps_used_ += RunStartsAt(a) + RunStartsAt(new_page) - starts;
       if (page.discarded()) {
         table_.FindSegment(a)->marked.fetch_sub(1, std::memory_order_relaxed);
         table_.FindSegment(to.start + (a - moved.from))->marked.fetch_add(1, std::memory_order_relaxed);

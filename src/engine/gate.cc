@@ -34,9 +34,13 @@ int Gate::Shut(Span run, bool zero) {
   shut_at_ = system_.NowNanoseconds();
   if (int error = system_.Register(os::kGate, run, os::kMissing | os::kWriteProtect)) {
     // Part of the run may be registered all the same.
-    system_.Unregister(os::kGate, run);
+    const bool left = system_.Unregister(os::kGate, run) == 0;
     Drain();
-    if (system_.Register(os::kTracker, run, os::kWriteProtect) != 0) AddRepair(run, os::kTracker, os::kWriteProtect);
+    if (!left) {
+      AddRepair(run, os::kGate, 0);
+    } else if (system_.Register(os::kTracker, run, os::kWriteProtect) != 0) {
+      AddRepair(run, os::kTracker, os::kWriteProtect);
+    }
     system_.Wake(os::kGate, run);
     return error;
   }

@@ -73,6 +73,27 @@ bool Engine::Unwaitable(Address page) const {
 
 // What must hold before a gate is shut on these pages. Every answer can be out of date a moment later; what then happens
 // is in docs/limits.md (raw mprotect) or is caught under the gate.
+// A discard was announced at a gate, and its page was not taken: the kernel zaps it at a moment of its own, when the
+// discarding thread runs next. Merged before that, the page would look like a frame that came back from swap, and show the
+// old bytes again. So it is left alone for longer than a thread that is about to run is ever kept waiting.
+void Engine::NoteDiscards(Span run, std::size_t from) {
+  constexpr std::uint64_t kInFlightNs = 2'000'000'000;
+  const std::uint64_t until = system_.NowNanoseconds() + kInFlightNs;
+  for (std::size_t i = from; i < run.bytes / page_; ++i) {
+    if (!gate_.gone(i)) continue;
+    in_flight_[in_flight_next_++ % in_flight_.size()] = {run.start + i * page_, until};
+    in_flight_until_ = until;
+  }
+}
+
+bool Engine::DiscardInFlight(Address page, std::uint64_t now) const {
+  if (now >= in_flight_until_) return false;
+  for (const InFlight& f : in_flight_) {
+    if (f.page == page && now < f.until) return true;
+  }
+  return false;
+}
+
 std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes,
                         Reason* reason) {
   *reason = Reason::kFailed;
@@ -138,8 +159,9 @@ std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, 
 
   for (std::size_t i = 0; i < pages; ++i) {
     const Page page = table_.Load(start + i * page_);
-    if (!page.busy() && !page.covers() && !Unwaitable(start + i * page_)) continue;
-    *reason = page.busy() || page.covers() ? Reason::kNone : Reason::kUnwaitable;
+    const bool in_flight = DiscardInFlight(start + i * page_, now);
+    if (!page.busy() && !page.covers() && !in_flight && !Unwaitable(start + i * page_)) continue;
+    *reason = page.busy() || page.covers() ? Reason::kNone : in_flight ? Reason::kHot : Reason::kUnwaitable;
     return i;
   }
   *reason = Reason::kNone;
@@ -215,12 +237,13 @@ bool Engine::AttachFast(const Region& region, Span run, Frame first, const os::A
     return true;
   }
   KSMU_TEST_POINT("merge.registered", run.start, run.bytes);
-  while (system_.WriteProtect(breaker, run, true) == -EAGAIN) system_.Yield();
+  // An unread event can be that of a fork which waits for the gate's first. The gate may be read now: the frames are there.
+  while (system_.WriteProtect(breaker, run, true) == -EAGAIN) gate_.Drain(), system_.Yield();
   KSMU_TEST_POINT("merge.protected", run.start, run.bytes);
   for (std::size_t done = 0; done < run.bytes;) {
     const os::Partial filled = system_.Continue(breaker, {run.start + done, run.bytes - done}, true);
     done += filled.done;
-    if (filled.error == -EAGAIN) system_.Yield();
+    if (filled.error == -EAGAIN) gate_.Drain(), system_.Yield();
     else if (filled.error) done += page_;  // mapped already (EEXIST), or left to a MINOR fault
   }
   KSMU_TEST_POINT("merge.filled", run.start, run.bytes);
@@ -252,6 +275,7 @@ void Engine::Book(Span run, Frame first) {
     pool_.Cover(frame);
     if (!broken[i]) pool_.Share(frame);
     Page from(word->load(std::memory_order_acquire));
+    const std::size_t before = RunStartsAt(a);
     for (;;) {
       const bool gone = gate_.gone(i) || from.discarded();
       Page to = Page().WithValue(frame).WithDiscarded(gone);
@@ -265,8 +289,8 @@ void Engine::Book(Span run, Frame first) {
       if (broken[i]) Add(counters_.cow_breaks, 1);
       break;
     }
+    maps_used_ += RunStartsAt(a) - before;
   }
-  CountMap(1);
   KSMU_PROBE3(merge, run.start, pages, first);
 }
 
@@ -363,7 +387,11 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
       if (prepared) {
         own_move_from_.store(prepared, std::memory_order_release);
         if (system_.MoveMapping(prepared, part.bytes, at) == 0) attached = equal;
-        own_move_from_.store(0, std::memory_order_release);
+        {
+          // The event has been read, but only with the mutex is it certain that the event thread has looked at it.
+          std::lock_guard lock(events_mutex_);
+          own_move_from_.store(0, std::memory_order_release);
+        }
         KSMU_TEST_POINT("merge.attached", run.start, run.bytes);
       } else if (AttachFast(region, part, frame, attributes)) {
         attached = equal;
@@ -381,6 +409,7 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
     ClearBusy({at + attached * page_, (n - attached) * page_});
     KSMU_TEST_POINT("merge.booked", run.start, run.bytes);
     gate_.Open(attached);
+    NoteDiscards(run, attached);
     if (attached) system_.Wake(BreakerOf(region), {at, attached * page_});
     KSMU_TEST_POINT("merge.opened", run.start, run.bytes);
     if (attached < got) KSMU_TEST_POINT("undo.opened", run.start, run.bytes);
@@ -460,6 +489,7 @@ std::size_t Engine::DropZeroRun(const Region& region, Address start, std::size_t
     }
     KSMU_TEST_POINT("zero.tracked", run.start, run.bytes);
     gate_.Open(0);
+    NoteDiscards(run, 0);
     KSMU_TEST_POINT("zero.opened", run.start, run.bytes);
     KSMU_PROBE2(zero, run.start, got);
     i += got;

@@ -121,6 +121,7 @@ std::size_t Engine::Sweep(const Region& region, Address from, Address to, bool n
   request.write_protect = true;
   const os::ScanResult scan = system_.Scan({from, to - from}, request, runs_, kRuns);
   if (scan.error) return 0;
+  no_pins_known_ = false;
   const Address walked = std::min(scan.walked_to, to);
   *swept_to = walked;
   // Sparse ranges are crossed in growing strides.
@@ -279,7 +280,7 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
   }
   if (!segment) return 0;
   const std::size_t read = hash_count ? HashAndMatch(region, to_hash.data(), hash_count) : 0;
-  if (broken && tunables_.remerge.load(std::memory_order_relaxed) && !region.sync_break) {
+  if (broken && tunables_.remerge.load(std::memory_order_relaxed)) {
     TendBroken(region, start + low * page_, start + high * page_);
   }
 
@@ -356,6 +357,7 @@ void Engine::Audit(const Region& region) {
     const int error = system_.QueryMapping(at, &mapping);
     if (error && error != -ENOENT) return;  // refused: that is not to be taken for a hole
     const bool found = error == 0;
+    AwaitForks();
     const Address start = found ? std::max(mapping.start, at) : region.end;
     if (start > at) {
       const Span hole{at, std::min(start, region.end) - at};

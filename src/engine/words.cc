@@ -45,11 +45,22 @@ void Engine::MarkDiscarded(Address a, Words* word) {
   }
 }
 
+std::size_t Engine::RunStartsAt(Address a) const {
+  std::size_t starts = 0;
+  for (Address at : {a, a + page_}) {
+    const Page page = table_.Load(at), left = table_.Load(at - page_);
+    starts += page.covers() && !(left.covers() && left.value() + 1 == page.value());
+  }
+  return starts;
+}
+
 // The page's mapping of a frame is gone (unmapped, moved, replaced by anonymous memory).
 void Engine::ForgetPage(Address a, Words* word) {
   Page from(word->load(std::memory_order_acquire));
+  const std::size_t before = from.covers() ? RunStartsAt(a) : 0;
   while (!Change(word, from, Page())) {
   }
+  if (from.covers()) maps_used_ += RunStartsAt(a) - before;
   if (from.discarded()) table_.FindSegment(a)->marked.fetch_sub(1, std::memory_order_relaxed);
   if (!from.covers()) return;
   if (from.state() == PageState::kMerged) pool_.Unshare(from.value());

@@ -333,6 +333,7 @@ void FakeSystem::StepSwapOut(Thread& t) {
 void FakeSystem::ZapRange(Process& p, Span span) {
   for (Vma* v : p.space.In(span)) {
     const Address from = std::max(v->start, span.start), to = std::min(v->end, span.end());
+    for (Address a = from; v->host && a < to; a += page_size_) p.space.SyncHost(a);
     for (Address a : p.space.Entries({from, to - from})) p.space.Zap(*v, a);
   }
 }

@@ -279,6 +279,7 @@ FakeSystem::Raised FakeSystem::Raise(Context c, const Event& event) {
 }
 
 void FakeSystem::Queue(const Raised& raised, Waiter& waiter) {
+  if (!contexts_[static_cast<std::size_t>(raised.context)]->open) return;  // nobody waits for a context that is closed
   waiter.state = Waiter::kForEvent;
   waiter.context = raised.context;
   Raised queued = raised;
