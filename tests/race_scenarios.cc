@@ -174,7 +174,7 @@ const std::vector<Scenario>& Scenarios() {
        nullptr, DriveMerge, nullptr, true},
       {"undo", {"undo.begin", "undo.moved", "undo.tracked", "undo.opened"}, WriteBetweenHashAndGate, DriveMerge, nullptr,
        true},
-      {"undo_zero", {"undo.begin", "undo.moved", "undo.tracked", "undo.opened"}, WriteBetweenHashAndGateOfZeros,
+      {"undo_zero", {"undo.begin", "undo.moved", "undo.tracked"}, WriteBetweenHashAndGateOfZeros,
        DriveMerge, nullptr, false},
       {"remerge", {"remerge.begin", "remerge.taken", "remerge.proved", "remerge.continued", "remerge.opened"},
        MergeAndBreak, DriveScanner, NotSync, true},

@@ -228,17 +228,24 @@ void RunPhase(const Phase& phase) {
   const double end = Now() + phase.seconds;
   while (Now() < end && !g.stop.load()) test::SleepSeconds(0.05);
   Guarded("counters", [] { AddTotals("before the stop"); });
-  // With everybody in the middle of something.
+  const auto join = [&] {
+    g.stop.store(true);
+    Guarded("join", [&] {
+      signaller.join();
+      threads.Join();
+    });
+  };
+  // With everybody in the middle of something, and 0.1 s to find out what the stop has left behind.
+  const bool stop_amid = !g.options.Without("stop");
+  if (!stop_amid) join();
   g.library_on.store(false);
   Guarded("stop", [] {
     if (ksmu_stop() != 0) Fail("ksmu_stop: %s: %s", strerror(errno), ksmu_last_error());
   });
-  if (!g.stop.load()) test::SleepSeconds(0.1);
-  g.stop.store(true);
-  Guarded("join", [&] {
-    signaller.join();
-    threads.Join();
-  });
+  if (stop_amid) {
+    if (!g.stop.load()) test::SleepSeconds(0.1);
+    join();
+  }
   // A merge, or an advice of a worker's, may have started the library again in the meantime.
   Guarded("stop again", [] {
     while (ksmu_stop() == 0) {

@@ -413,15 +413,20 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   gate_.Repair();
   mappings_at_pass_ = 0;
   attributes_at_ = 0;
-  Region region;
-  for (Address next = span.start; NextIn(span, &next, &region);) {
-    if (region.kind != Region::kMergeable) continue;
-    for (Address at = region.start; at < region.end;) {
-      if (cancelled(cookie)) return -EINTR;
-      const Address chunk_end = chunk_ < region.end - at ? at + chunk_ : region.end;
-      Address swept_to = chunk_end;
-      Sweep(region, at, chunk_end, true, &swept_to);
-      at = swept_to > at ? swept_to : chunk_end;
+  // Pages that went back to anonymous memory on the way are merged by another round.
+  std::int64_t detached = -1;
+  for (int round = 0; round < 3 && detached != counters_.detached.load(std::memory_order_relaxed); ++round) {
+    detached = counters_.detached.load(std::memory_order_relaxed);
+    Region region;
+    for (Address next = span.start; NextIn(span, &next, &region);) {
+      if (region.kind != Region::kMergeable) continue;
+      for (Address at = region.start; at < region.end;) {
+        if (cancelled(cookie)) return -EINTR;
+        const Address chunk_end = chunk_ < region.end - at ? at + chunk_ : region.end;
+        Address swept_to = chunk_end;
+        Sweep(region, at, chunk_end, true, &swept_to);
+        at = swept_to > at ? swept_to : chunk_end;
+      }
     }
   }
   if (pool_.ReclaimDue()) pool_.Reclaim(&Engine::ForgetFrame, this);

@@ -54,7 +54,7 @@ void Engine::TendBroken(const Region& region, Address from, Address to) {
     const Page first = table_.Load(at);
     auto ripe = [&](Page page) {
       // Under a synchronous breaker no sweep tells whether a broken page is still.
-      return !region.sync_break && page.state() == PageState::kBroken && !page.busy() && !page.unconfirmed() && page.tries() >= 1 &&
+      return !region.sync_break && page.state() == PageState::kBroken && !page.busy() && !page.unconfirmed() && (page.tries() >= 1 || (now_ && seconds == 0)) &&
              (page.tries() != kLookedAt || look_again) && ((now - page.stamp()) & Page::kStampMask) >= seconds;
     };
     if (!ripe(first)) {

@@ -37,7 +37,7 @@ struct FakeLies {
   bool wake_wakes_nobody = false;
   bool unregister_wakes_nobody = false;
   bool move_ignores_pins = false;
-  bool move_ignores_children = false;     // takes pages that a child shares
+  bool move_ignores_children = false;  // takes pages that a child shares
   bool discard_raises_no_event = false;
   bool move_mapping_loses_registration = false;
   bool sharing_is_exclusive = false;      // no page ever seems shared with a child
