@@ -306,10 +306,12 @@ int Run(const Options& options) {
   printf("  %s pages got their own copy back, %s are merged or zero now\n",
          Grouped(static_cast<uint64_t>(stats.cow_breaks)).c_str(),
          Grouped(static_cast<uint64_t>(stats.pages_merged + stats.ksm_zero_pages)).c_str());
+  const double unmerge_start = NowSeconds();
   cache.AdviseAll(KSMU_UNMERGEABLE);
+  const double unmerge_seconds = NowSeconds() - unmerge_start;
   wrong += cache.Check("unmerged");
-  printf("  Pss is %.1f MiB again, after %.1f MiB at first\n", Mebibytes(static_cast<double>(ProcessPss())),
-         Mebibytes(static_cast<double>(before.pss_bytes)));
+  printf("  that took %.1f s; Pss is %.1f MiB again, after %.1f MiB at first\n", unmerge_seconds,
+         Mebibytes(static_cast<double>(ProcessPss())), Mebibytes(static_cast<double>(before.pss_bytes)));
   if (ksmu_stop() != 0) throw LibraryError("ksmu_stop");
 
   if (wrong != 0) {

@@ -162,7 +162,14 @@ Trace Generate(std::uint64_t seed) {
   const int n = 10 + pick(50);
   for (int i = 0; i < n; ++i) {
     const int r = pick(100);
-    if (r < 30) {
+    if (r < 4) {
+      // Written, and written back: it can be merged again in place.
+      const int page = pick(c.pages), value = 1 + pick(contents);
+      for (int again = 0; again < 2; ++again) {
+        add(OpKind::kProgram, pick(4), static_cast<int>(again == 0 ? ProgramKind::kPoke : ProgramKind::kFill), page, 1, value);
+        add(OpKind::kStep, 2 + pick(2));
+      }
+    } else if (r < 30) {
       static constexpr ProgramKind kinds[] = {ProgramKind::kFill,   ProgramKind::kFill,       ProgramKind::kPoke,
                                               ProgramKind::kRead,   ProgramKind::kDirectPoke, ProgramKind::kDiscard,
                                               ProgramKind::kFork,   ProgramKind::kPinWrite,   ProgramKind::kPinRead,

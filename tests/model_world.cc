@@ -260,6 +260,7 @@ void World::LibraryCall(const Op& op) {
       break;
     case OpKind::kDiscard: {
       if (holes || !quiet) break;
+      DiscardDuringForks(0, op.a, op.b);
       each([](Page& p, int) { p.shadow.Begin(30, {Change::kZero, 0, 0}); });
       error = engine_->Discard(span);
       each([&](Page& p, int) { p.shadow.End(30); });
@@ -300,6 +301,16 @@ bool World::DiscardsUnfilled() {
     }
   }
   return false;
+}
+
+// A fork that another thread is in the middle of: the discard comes after the copy, but its event can be read before the
+// fork's. Pages that are not where the child would look at that moment can be zeros in it: a limit.
+void World::DiscardDuringForks(int process, int first, int count) {
+  for (const Slot& s : slots_) {
+    if (!s.busy || !s.forked || s.process != process) continue;
+    Process& child = processes_[static_cast<std::size_t>(s.child)];
+    for (int i = first; i < first + count; ++i) child.pages[static_cast<std::size_t>(i)].shadow.AllowZero();
+  }
 }
 
 bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count, int value) {
@@ -355,13 +366,7 @@ bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count
       }
       op.kind = FakeOperation::kDiscard;
       op.bytes = static_cast<std::size_t>(count) * page_size_;
-      // A fork that another thread is in the middle of: the discard comes after the copy, but its event can be read
-      // before the fork's. Pages that are not where the child would look at that moment can be zeros in it: a limit.
-      for (const Slot& s : slots_) {
-        if (!s.busy || !s.forked || s.process != slot.process) continue;
-        Process& child = processes_[static_cast<std::size_t>(s.child)];
-        for (int i = first; i < first + count; ++i) child.pages[static_cast<std::size_t>(i)].shadow.AllowZero();
-      }
+      DiscardDuringForks(slot.process, first, count);
       break;
     case ProgramKind::kFork:
       // Without the event a child that a raw clone makes in the middle of a merge is a limit; libc's fork waits for it.

@@ -71,6 +71,7 @@ class World {
   void LibraryCall(const Op& op);
   bool StartProgram(int slot, ProgramKind kind, int page, int pages, int value);
   bool DiscardsUnfilled();
+  void DiscardDuringForks(int process, int first, int count);
   void StepSlot(int slot);
   void Finished(Slot& slot);
   void StepEverybody();

@@ -211,6 +211,7 @@ int ksmu_advise(void* addr, size_t length, int advice) {
   command.promise = flags & KSMU_F_NO_RAW_DISCARDS;
   command.sync_break = flags & KSMU_F_SYNC_BREAK;
   use.runtime()->Execute(&command);
+  if (command.result == -EAGAIN && command.kind == Command::kDiscard) command.result = os::DiscardWithoutEngine(span);
   return Finish(keep, command);
 }
 
@@ -261,7 +262,7 @@ int ksmu_unmap(void* addr, size_t length) {
     if (use.error()) return -1;
     if (use.runtime()) {
       use.runtime()->Execute(&command);
-      return Finish(keep, command);
+      if (command.result != -EAGAIN) return Finish(keep, command);
     }
   }
   command.result = os::UnmapWithoutEngine(span);
@@ -335,7 +336,7 @@ int ksmu_set(const char* name, int64_t value) {
     use.runtime()->Execute(&command);
     return Finish(keep, command);
   }
-  use.runtime()->Nudge();
+  use.runtime()->TunableChanged();
   return keep.Succeed();
 }
 

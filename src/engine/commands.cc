@@ -42,7 +42,13 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
   ApplyMoves();
   // Old knowledge about addresses that have been released, or unmapped without a word, must not be taken for the new.
   Region old;
-  for (Address at = span.start; NextIn(span, &at, &old);) Audit(old);
+  for (Address at = span.start; NextIn(span, &at, &old);) {
+    Audit(old);
+    // A run stays with the breaker under which it was attached: to change breakers it is unmerged first.
+    if (old.kind == Region::kMergeable && old.sync_break != sync_break) {
+      if (int error = UnmergeRange(old, old.span())) return error;
+    }
+  }
   bool any = false, ineligible = false, foreign = false;
   int failure = 0;
   const bool holes = ForEachMapping(system_, span, [&](Span part, const os::Mapping& mapping) {
@@ -107,7 +113,7 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
       }
     }
   });
-  attributes_at_ = 0;
+  attributes_until_ = 0;
   if (failure) return failure == -ENOMEM || failure == -EAGAIN ? -ENOMEM : failure;
   if (any) return holes ? -ENOMEM : 0;
   if (foreign) return -EBUSY;
@@ -132,8 +138,15 @@ void Engine::Untrack(Span span) {
 // merged like any other. Where that is refused (the map limit, a page that was written a moment ago), the kernel is made
 // to copy in place: the contents are private then, but stay in the run's mapping.
 int Engine::UnmergeRun(const Region& region, Span run) {
+  // A raw mprotect may have cut the run's mapping in pieces: each for itself.
+  os::Mapping mapping;
+  if (system_.QueryMapping(run.start, &mapping) == 0 && mapping.start <= run.start && mapping.end < run.end()) {
+    const std::size_t bytes = mapping.end - run.start;
+    const int error = UnmergeRun(region, {run.start, bytes});
+    return error ? error : UnmergeRun(region, {mapping.end, run.bytes - bytes});
+  }
   KSMU_TEST_POINT("unmerge.begin", run.start, run.bytes);
-  if (Detach(region, run) == 0) {
+  if (Detach(region, run, PageState::kMerged) == 0) {
     KSMU_TEST_POINT("unmerge.populated", run.start, run.bytes);
     for (Address a = run.start; a < run.end(); a += page_) {
       if (!table_.Load(a).covers()) Set(a, Page());
@@ -146,22 +159,25 @@ int Engine::UnmergeRun(const Region& region, Span run) {
   for (Address a = run.start; a < run.end(); a += page_) {
     Words* word = table_.Find(a);
     Page page(word->load(std::memory_order_acquire));
-    if (page.state() != PageState::kMerged || !IsPrivate(a)) continue;
-    while (page.state() == PageState::kMerged) {
-      if (!Change(word, page, page.WithState(PageState::kResidue))) continue;
-      pool_.Unshare(page.value());
+    // Under a synchronous breaker the event thread has booked the copy as a break, and pinned the frame until it is seen.
+    while (page.covers() && (page.state() == PageState::kMerged || page.unconfirmed()) && IsPrivate(a)) {
+      if (!Change(word, page, page.WithState(PageState::kResidue).WithUnconfirmed(false))) continue;
+      if (page.state() == PageState::kMerged) pool_.Unshare(page.value());
+      if (page.unconfirmed()) pool_.Unpin(page.value());
       break;
     }
   }
   KSMU_TEST_POINT("unmerge.booked", run.start, run.bytes);
   for (Address a = run.start; a < run.end(); a += page_) {
-    if (table_.Load(a).state() != PageState::kMerged) continue;
+    if (table_.Load(a).state() != PageState::kMerged || IsPrivate(a, true)) continue;
     // Not writable at the moment (PROT_NONE, PROT_READ), or the populating was refused: replace what is left.
     Address end = a;
     while (end < run.end() && table_.Load(end).state() == PageState::kMerged) end += page_;
-    if (int failed = Detach(region, {a, end - a})) {
+    if (int failed = Detach(region, {a, end - a}, PageState::kMerged)) {
       os::Mapping mapping;
       const int unknown = system_.QueryMapping(a, &mapping);
+      AwaitForks();
+      if (move_count_.load(std::memory_order_acquire)) return -EAGAIN;
       if (unknown == -ENOENT || (!unknown && (mapping.start > a || !pool_.Shows(mapping, a, table_.Load(a).value())))) {
         ForgetRange({a, end - a});  // unmapped without a word
       } else {
@@ -179,13 +195,17 @@ int Engine::UnmergeRange(const Region& region, Span span) {
   for (Segment* segment = table_.NextSegment(span.start); segment && segment->start < span.end();
        segment = table_.NextSegment(segment->start + kSegmentBytes)) {
     const Address low = std::max(span.start, segment->start), high = std::min(span.end(), segment->start + kSegmentBytes);
+    ConfirmBreaks({low, high - low});  // what was written since the last sweep may be pinned: it is not to be replaced
     for (Address a = low; a < high;) {
       Words* word = table_.Word(segment, (a - segment->start) / page_);
       Page page(word ? word->load(std::memory_order_acquire) : 0);
       if (page.state() != PageState::kMerged) {
         if (page.covers()) {
+          const bool seen = page.unconfirmed() && page.state() == PageState::kBroken && IsPrivate(a);
           Page to = page.WithState(PageState::kResidue);
+          if (seen) to = to.WithUnconfirmed(false);
           if (!page.busy() && !Change(word, page, to)) continue;
+          if (seen && !page.busy()) pool_.Unpin(page.value());
         } else if (word && page.state() != PageState::kAbsent) {
           if (!Change(word, page, Page())) continue;
         }
@@ -261,7 +281,6 @@ int Engine::UnmergeAll(bool forget) {
     if (region.kind != Region::kMergeable) continue;
     if (int error = UnmergeRange(region, region.span())) return error;
   }
-  index_.Clear();
   pool_.Reclaim(&Engine::ForgetFrame, this);
   return 0;
 }
@@ -290,13 +309,14 @@ void Engine::DetachEverything() {
       }
       Address end = a + page_;
       while (end < end_of_segment && (end - a) / page_ < kMaxRunPages && may(end) &&
+             table_.Load(end).state() == first.state() &&
              table_.Load(end).value() == first.value() + (end - a) / page_) {
         end += page_;
       }
       const Region* region = regions_.Find(a);
       if (region && region->kind != Region::kReleased && system_.AvailableMemory() > kMemoryReserve) {
         const Region copy = *region;
-        Detach(copy, {a, end - a});
+        Detach(copy, {a, end - a}, first.state());
       }
       a = end;
     }
@@ -412,7 +432,7 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   ApplyMoves();
   gate_.Repair();
   mappings_at_pass_ = 0;
-  attributes_at_ = 0;
+  attributes_until_ = 0;
   // Pages that went back to anonymous memory on the way are merged by another round.
   std::int64_t detached = -1;
   for (int round = 0; round < 3 && detached != counters_.detached.load(std::memory_order_relaxed); ++round) {
@@ -435,7 +455,9 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
 }
 
 std::size_t Engine::metadata_bytes() const {
-  return table_.metadata_bytes() + regions_.metadata_bytes() + pool_.metadata_bytes() + index_.metadata_bytes();
+  // The scratch buffers and staging count in full, as they come to be used in full.
+  return table_.metadata_bytes() + regions_.metadata_bytes() + pool_.metadata_bytes() + index_.metadata_bytes() +
+         kSegmentBytes + 2 * page_ + kMaxSegmentPages * (2 * sizeof(Planned) + sizeof(Address)) + kMaxRunPages * page_;
 }
 
 }  // namespace ksmu::engine

@@ -20,7 +20,7 @@ namespace ksmu::engine {
 using frames::Frame;
 
 namespace {
-constexpr std::uint32_t kLookedAt = 15;  // Page::tries of a broken page that matches nothing: not read again every pass
+constexpr std::uint32_t kLookedAt = 15;  // Page::tries of a broken page that could not be helped: not tried again every pass
 }
 
 // Discarded pages go back to anonymous memory, where what the program puts there next can be merged like any other page.
@@ -32,12 +32,21 @@ void Engine::TendDropped(const Region& region, Span span) {
       const Page first = table_.Load(at);
       Address end = at + page_;
       if (first.state() == PageState::kDropped && !first.busy()) {
+        // Being used again already, and perhaps pinned: a broken page like any other.
+        if (IsPrivate(at)) {
+          Words* word = table_.Find(at);
+          Page page = first;
+          Change(word, page, first.WithState(PageState::kBroken).WithStamp(NowSeconds()).WithTries(0));
+          at = end;
+          continue;
+        }
         while (end < high && (end - at) / page_ < kMaxRunPages) {
           const Page next = table_.Load(end);
-          if (next.state() != PageState::kDropped || next.busy() || next.value() != first.value() + (end - at) / page_) break;
+          if (next.state() != PageState::kDropped || next.busy() || IsPrivate(end) || next.value() != first.value() + (end - at) / page_) break;
           end += page_;
         }
-        Detach(region, {at, end - at});
+        os::Mapping mapping;
+        if (system_.QueryMapping(at, &mapping) == 0 && mapping.readable && mapping.writable) Detach(region, {at, end - at}, PageState::kDropped);
       }
       at = end;
     }
@@ -81,8 +90,8 @@ void Engine::TendBroken(const Region& region, Address from, Address to) {
   }
 }
 
-// A run of ripe broken pages: equal to the frames beneath -> again in place; like some other frame or page -> back to
-// anonymous memory, where the next pass merges it; like nothing -> left where it is.
+// A run of ripe broken pages: equal to the frames beneath -> again in place; else back to anonymous memory, where it is a
+// page like any other, and what it cost in mappings is given back.
 void Engine::TendRun(const Region& region, Span run) {
   const std::size_t n = run.bytes / page_;
   const std::size_t read = system_.ReadProgram(run.start, buffer_, run.bytes) / page_;
@@ -96,9 +105,7 @@ void Engine::TendRun(const Region& region, Span run) {
     Add(counters_.pages_scanned, 1);
     if (pool_.Live(page.value()) && content::Equal(bytes, pool_.Bytes(page.value()), page_)) {
       verdict[i] = kInPlace;
-    } else if (content::IsZero(bytes, page_) && tunables_.use_zero_pages.load(std::memory_order_relaxed)) {
-      verdict[i] = kElsewhere;
-    } else if (HasMatch(a, bytes)) {
+    } else {
       verdict[i] = kElsewhere;
     }
   }
@@ -109,8 +116,9 @@ void Engine::TendRun(const Region& region, Span run) {
     if (verdict[i] == kInPlace) {
       Remerge(part);
     } else if (verdict[i] == kElsewhere) {
-      Detach(region, part);
-    } else {
+      if (Detach(region, part, PageState::kBroken) != 0) verdict[i] = kLeave;
+    }
+    if (verdict[i] == kLeave) {
       for (Address a = part.start; a < part.end(); a += page_) {
         Words* word = table_.Find(a);
         Page page(word->load(std::memory_order_acquire));
@@ -121,25 +129,11 @@ void Engine::TendRun(const Region& region, Span run) {
   }
 }
 
-bool Engine::HasMatch(Address page, const std::byte* bytes) {
-  const auto hash = static_cast<std::uint32_t>(content::Hash(bytes, page_, seed_) >> 32);
-  bool match = false;
-  using Visit = frames::Index::Visit;
-  index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
-    if (entry.is_frame) {
-      match = pool_.hash(entry.frame) == hash && FrameWithRoom(entry.frame, bytes) != frames::kNoFrame;
-    } else if (entry.page * page_ != page) {
-      const Page known = table_.Load(entry.page * page_);
-      match = known.state() == PageState::kStill && known.value() == hash;
-    }
-    return match ? Visit::kStop : Visit::kNext;
-  });
-  return match;
-}
-
 // Takes the pages of a run out of their place: accesses wait in the breaker until GiveBackHeld, or until the caller has
 // put something else there. All pages must be covering and known; false: nothing was changed.
-bool Engine::TakeFromRun(Span run) {
+bool Engine::TakeFromRun(Span run, PageState expected) {
+  // Under no breaker nobody would wait, and what is written to the place meanwhile would be lost.
+  if (gate_.NeedsRepair() && !gate_.Repair()) return false;
   os::Mapping mapping;
   if (system_.QueryMapping(run.start, &mapping) != 0 || mapping.end < run.end()) return false;
   for (Address a = run.start; a < run.end(); a += page_) {
@@ -150,13 +144,15 @@ bool Engine::TakeFromRun(Span run) {
     std::lock_guard lock(events_mutex_);
     for (Address a = run.start; a < run.end(); a += page_) {
       const Page page = table_.Load(a);
-      if (!page.covers() || page.busy()) return false;
+      // What the caller has judged must be what is taken.
+      if (page.state() != expected || page.busy()) return false;
     }
     std::size_t i = 0;
     for (Address a = run.start; a < run.end(); a += page_, ++i) {
       Words* word = table_.Find(a);
       Page page(word->load(std::memory_order_acquire));
       held_marks_[i] = page.discarded();
+      held_moved_[i] = false;
       // From here on the mark means: discarded since it was taken out.
       if (page.discarded()) table_.FindSegment(a)->marked.fetch_sub(1, std::memory_order_relaxed);
       while (!Change(word, page, page.WithBusy(true).WithDiscarded(false))) {
@@ -185,6 +181,18 @@ bool Engine::TakeFromRun(Span run) {
   return true;
 }
 
+// Gives up the place where the pages of a hold were, but for the holes that pages have left which were moved back: those
+// may be somebody else's mappings by now.
+void Engine::UnmapTaken(Address taken_to, std::size_t bytes) {
+  const std::size_t n = bytes / page_;
+  for (std::size_t i = 0; i < n;) {
+    std::size_t end = i;
+    while (end < n && !held_moved_[end]) ++end;
+    if (end > i) system_.Unmap({taken_to + i * page_, (end - i) * page_});
+    i = end + 1;
+  }
+}
+
 // Under events_mutex_: the pages that are still busy keep the state they had; everybody who waits tries again.
 void Engine::LetGo() {
   const Span run = hold_.run;
@@ -204,6 +212,7 @@ void Engine::LetGo() {
     if (to.state() == PageState::kDropped && page.unconfirmed()) pool_.Unpin(page.value());
   }
   hold_ = Hold{};
+  for (std::size_t k = 0; k < children_.size(); ++k) children_[k]->before_move = false;
   system_.Wake(os::kBreaker, run);
   system_.Wake(os::kSyncBreaker, run);
 }
@@ -212,8 +221,8 @@ void Engine::LetGo() {
 void Engine::ReturnHeld(std::size_t i) {
   const Address a = hold_.run.start + i * page_;
   const Address from = hold_.taken_to + i * page_;
-  const bool readable = system_.ReadProgram(from, scratch_, page_) == page_;
-  for (;;) {
+  for (;; system_.Yield()) {
+    const bool readable = system_.ReadProgram(from, scratch_, page_) == page_;
     {
       std::lock_guard lock(events_mutex_);
       if (table_.Load(a).discarded()) return;
@@ -226,45 +235,58 @@ void Engine::ReturnHeld(std::size_t i) {
           if (error == -EINVAL || copied.error == -EAGAIN) error = copied.error;
         }
       }
-      if (error != -EAGAIN && error != -ENOMEM) break;
+      if (error == -EAGAIN || error == -ENOMEM) continue;
     }
-    system_.Yield();
+    // Neither breaker holds the place any more, or the page cannot be read: it goes back itself. Until it has there is no
+    // way out of here, nothing else keeps the bytes; unless the place is gone.
+    os::Mapping mapping;
+    const int unknown = system_.QueryMapping(a, &mapping);
+    if (unknown == -ENOENT || (!unknown && !pool_.Shows(mapping, a, table_.Load(a).value()))) return;
+    if (!unknown && MoveBack(i)) return;
   }
-  // Neither breaker holds the place any more: the page itself goes back.
-  own_move_from_.store(from, std::memory_order_release);
-  system_.MoveMapping(from, page_, a);
-  std::lock_guard lock(events_mutex_);
-  own_move_from_.store(0, std::memory_order_release);
 }
 
-// Puts the page itself back, not a copy: somebody may have it pinned. Its mapping leaves the breaker for the move, which
-// would otherwise wait for an event to be read, and joins it again at once.
+// The page itself, pins and all, to its place; registered all along. A discard that is let through in the meantime may find
+// the place still empty: then it is done over.
+bool Engine::MoveBack(std::size_t i) {
+  const Address a = hold_.run.start + i * page_;
+  const Address from = hold_.taken_to + i * page_;
+  own_move_from_.store(from, std::memory_order_release);
+  const bool moved = system_.MoveMapping(from, page_, a) == 0;
+  bool discarded;
+  {
+    std::lock_guard lock(events_mutex_);
+    own_move_from_.store(0, std::memory_order_release);
+    held_moved_[i] = moved;
+    discarded = table_.Load(a).discarded();
+  }
+  if (moved && discarded) system_.Discard({a, page_});
+  return moved;
+}
+
+// Puts the page itself back, not a copy: somebody may have it pinned.
 void Engine::MoveBackHeld(std::size_t i) {
   const Address a = hold_.run.start + i * page_;
   const Address from = hold_.taken_to + i * page_;
-  for (;;) {
+  for (;; system_.Yield()) {
     {
       std::lock_guard lock(events_mutex_);
       if (table_.Load(a).discarded()) return;
-      if (!system_.EventPending(os::kBreaker) && !system_.EventPending(os::kSyncBreaker)) {
-        const os::Context breaker = system_.Unregister(os::kBreaker, {from, page_}) == 0 ? os::kBreaker : os::kSyncBreaker;
-        if (breaker == os::kSyncBreaker) system_.Unregister(breaker, {from, page_});
-        constexpr std::uint32_t modes = os::kMissing | os::kWriteProtect | os::kMinor;
-        if (system_.MoveMapping(from, page_, a) == 0) {
-          if (system_.Register(breaker, {a, page_}, modes) != 0) gate_.AddRepair({a, page_}, breaker, modes);
-          return;
-        }
-        break;
-      }
+      if (system_.EventPending(os::kBreaker) || system_.EventPending(os::kSyncBreaker)) continue;
     }
-    system_.Yield();
+    os::Mapping there;
+    const bool known = system_.QueryMapping(a, &there) == 0 && there.start <= a;
+    if (known && !(there.readable && there.writable)) {
+      system_.Protect({from, page_}, there.readable ? os::Protection::kRead : os::Protection::kNone);
+    }
+    if (!MoveBack(i)) ReturnHeld(i);  // refused: a copy keeps the bytes at least
+    return;
   }
-  ReturnHeld(i);  // the move was refused: a copy keeps the bytes at least
 }
 
 // Maps the frames beneath again, where the pages are equal to them and nobody can be writing.
 std::size_t Engine::Remerge(Span run) {
-  if (!TakeFromRun(run)) return 0;
+  if (!TakeFromRun(run, PageState::kBroken)) return 0;
   const Address taken_to = hold_.taken_to;
   const std::size_t n = run.bytes / page_;
   system_.Protect({taken_to, run.bytes}, os::Protection::kReadWrite);
@@ -273,7 +295,13 @@ std::size_t Engine::Remerge(Span run) {
   std::array<bool, kMaxRunPages> equal{};
   for (std::size_t i = 0; i < read; ++i) {
     const Frame frame = table_.Load(run.start + i * page_).value();
-    equal[i] = pool_.Live(frame) && content::Equal(buffer_ + i * page_, pool_.Bytes(frame), page_);
+    // Only what the program has written: an empty place would be read as the frame that the fault maps there.
+    // Written since it was found ripe: somebody may have pinned it, and this very page has to go back.
+    if (WrittenSince(taken_to + i * page_)) {
+      MoveBackHeld(i);
+      continue;
+    }
+    equal[i] = IsPrivate(taken_to + i * page_, true) && pool_.Live(frame) && content::Equal(buffer_ + i * page_, pool_.Bytes(frame), page_);
   }
   KSMU_TEST_POINT("remerge.proved", run.start, run.bytes);
   for (std::size_t i = 0; i < n; ++i) {
@@ -301,6 +329,8 @@ std::size_t Engine::Remerge(Span run) {
       }
       system_.Yield();
     }
+    if (held_moved_[i]) continue;
+    if (!mapped && !IsPrivate(taken_to + i * page_, true)) continue;  // discarded before it was taken: nothing to return
     if (!mapped) {
       ReturnHeld(i);
       Words* word = table_.Find(a);
@@ -313,7 +343,7 @@ std::size_t Engine::Remerge(Span run) {
   {
     std::lock_guard lock(events_mutex_);
     LetGo();
-    system_.Unmap({taken_to, run.bytes});
+    UnmapTaken(taken_to, run.bytes);
   }
   KSMU_TEST_POINT("remerge.opened", run.start, run.bytes);
   if (merged) fruitful_ = true;
@@ -321,17 +351,16 @@ std::size_t Engine::Remerge(Span run) {
 }
 
 // Brings a run back to anonymous memory with the same contents: what was merged is copied, what was discarded is empty.
-int Engine::Detach(const Region& region, Span run) {
+int Engine::Detach(const Region& region, Span run, PageState expected) {
   os::Mapping mapping;
   if (int error = system_.QueryMapping(run.start, &mapping)) return error;
-  const os::AttributedMapping* known = FindAttributes(run.start);
-  if (!known || mapping.executable) return -EOPNOTSUPP;
-  const os::Attributes attributes = known->attributes;
-  if (attributes.locked || attributes.sealed) return -EOPNOTSUPP;
+  Address until = 0;
+  const os::Attributes attributes = FindAttributes(run.start, &until);
+  if (mapping.executable || attributes.locked || attributes.sealed || until < run.end()) return -EOPNOTSUPP;
   KSMU_TEST_POINT("detach.begin", run.start, run.bytes);
   Address fresh = 0;
   if (int error = system_.MapAnonymous(0, run.bytes, os::Protection::kReadWrite, &fresh)) return error;
-  if (!TakeFromRun(run)) {
+  if (!TakeFromRun(run, expected)) {
     system_.Unmap({fresh, run.bytes});
     return -EAGAIN;
   }
@@ -344,8 +373,8 @@ int Engine::Detach(const Region& region, Span run) {
   for (std::size_t i = 0; i < n; ++i) {
     const Page page = table_.Load(run.start + i * page_);
     const Address to = fresh + i * page_;
-    if (page.state() == PageState::kMerged && IsPrivate(taken_to + i * page_, true)) {
-      // Broken since the last sweep, and so perhaps pinned: this very page has to go back.
+    if (page.state() == PageState::kBroken ? WrittenSince(taken_to + i * page_) : IsPrivate(taken_to + i * page_, true)) {
+      // Written since the last sweep, and so perhaps pinned: this very page has to go back.
       written[i] = true;
       complete = false;
       continue;
@@ -364,7 +393,8 @@ int Engine::Detach(const Region& region, Span run) {
     system_.Protect({fresh, run.bytes}, mapping.readable ? os::Protection::kRead : os::Protection::kNone);
   }
   bool replaced = false, released = false;
-  while (complete && !released) {
+  // Under a storm of discards there may be no instant without an unread event: then it is left for another time.
+  for (int attempt = 0; complete && !released && (replaced || attempt < 2000); ++attempt) {
     {
       std::lock_guard lock(events_mutex_);
       const auto pending = [&] { return system_.EventPending(os::kBreaker) || system_.EventPending(os::kSyncBreaker); };
@@ -374,6 +404,18 @@ int Engine::Detach(const Region& region, Span run) {
             system_.Discard({fresh + i * page_, page_});
             filled[i] = false;
           }
+        }
+        // The protection may have been changed since it was looked at: copying takes its time.
+        os::Mapping current;
+        if (system_.QueryMapping(run.start, &current) != 0 || current.start > run.start || current.end < run.end() ||
+            !pool_.IsPoolMapping(current)) {
+          break;
+        }
+        if (current.readable != mapping.readable || current.writable != mapping.writable) {
+          mapping = current;
+          system_.Protect({fresh, run.bytes}, current.writable   ? os::Protection::kReadWrite
+                                              : current.readable ? os::Protection::kRead
+                                                                 : os::Protection::kNone);
         }
         if (system_.MoveMapping(fresh, run.bytes, run.start) != 0) break;
         replaced = true;
@@ -392,7 +434,7 @@ int Engine::Detach(const Region& region, Span run) {
         }
         // Before the waiters go on: what they touch next is ordinary memory.
         LetGo();
-        system_.Unmap({taken_to, run.bytes});
+        UnmapTaken(taken_to, run.bytes);
         released = true;
       }
     }
@@ -410,10 +452,17 @@ int Engine::Detach(const Region& region, Span run) {
       }
       // A frame: the fault that comes next maps it again, or zeros, as the page is marked.
     }
-    {
-      std::lock_guard lock(events_mutex_);
-      LetGo();
-      system_.Unmap({taken_to, run.bytes});
+    while (!released) {
+      {
+        std::lock_guard lock(events_mutex_);
+        // As above: the event of a fork must find the hold.
+        if (!system_.EventPending(os::kBreaker) && !system_.EventPending(os::kSyncBreaker)) {
+          LetGo();
+          UnmapTaken(taken_to, run.bytes);
+          released = true;
+        }
+      }
+      if (!released) system_.Yield();
     }
     system_.Unmap({fresh, run.bytes});
     return -ENOMEM;
@@ -428,13 +477,28 @@ int Engine::Detach(const Region& region, Span run) {
   return 0;
 }
 
+// True if a page that has been taken out of its run carries no protection mark: it was written since the last sweep.
+bool Engine::WrittenSince(Address taken) {
+  os::ScanRequest request;
+  request.required = os::kPresent | os::kWritten;
+  request.returned = os::kWritten;
+  os::PageRun run;
+  const os::ScanResult scan = system_.Scan({taken, page_}, request, &run, 1);
+  return !scan.error && scan.runs == 1;
+}
+
 // True if the page is the process's own, not a frame: present or swapped out.
 bool Engine::IsPrivate(Address a, bool unmarked) {
   os::ScanRequest request;
   request.any_of = os::kPresent | os::kSwapped;
   request.returned = os::kPresent | os::kFile | os::kPfnZero | os::kSwapped;
   os::PageRun run;
-  const os::ScanResult scan = system_.Scan({a, page_}, request, &run, 1);
+  os::ScanResult scan = system_.Scan({a, page_}, request, &run, 1);
+  // No memory in the kernel: to be asked again, because bytes hang on the answer.
+  for (int attempt = 0; scan.error && attempt < 100; ++attempt) {
+    system_.Yield();
+    scan = system_.Scan({a, page_}, request, &run, 1);
+  }
   if (scan.error || scan.runs == 0) return false;
   return !(run.categories & (os::kFile | os::kPfnZero)) && (run.categories & (unmarked ? os::kPresent | os::kSwapped : os::kPresent));
 }

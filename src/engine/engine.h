@@ -75,6 +75,7 @@ class Engine {
   bool HasRegions() const { return regions_.size() != 0; }
   // What must be done also when scanning is off: repairs, moved ranges, frames to be reclaimed. True: call again soon.
   bool Housekeeping();
+  bool ReclaimDue() const { return pool_.ReclaimDue(); }
 
   // --- events ------------------------------------------------------------------------------------------------------
   // Reads and answers whatever is pending on the breakers and the children. Event thread.
@@ -156,7 +157,7 @@ class Engine {
   std::size_t Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes, Reason* reason);
   Reason WhyNotTaken(Address page, int error, Span rest, bool* healed);
   void RefreshAttributes();
-  const os::AttributedMapping* FindAttributes(Address a);
+  os::Attributes FindAttributes(Address a, Address* until);
   bool BudgetAllows() const;
   void RefreshUnwaitable();
   bool Unwaitable(Address page) const;
@@ -165,13 +166,15 @@ class Engine {
   void TendBroken(const Region& region, Address from, Address to);
   void TendDropped(const Region& region, Span span);
   void TendRun(const Region& region, Span run);
-  bool HasMatch(Address page, const std::byte* bytes);
   std::size_t Remerge(Span run);
-  int Detach(const Region& region, Span run);  // back to anonymous memory, contents kept
-  bool TakeFromRun(Span run);
+  int Detach(const Region& region, Span run, PageState expected);  // back to anonymous memory, contents kept
+  bool WrittenSince(Address taken);
+  bool TakeFromRun(Span run, PageState expected);
   void ReturnHeld(std::size_t i);
   void MoveBackHeld(std::size_t i);
+  bool MoveBack(std::size_t i);
   void LetGo();
+  void UnmapTaken(Address taken_to, std::size_t bytes);
   bool IsPrivate(Address a, bool unmarked = false);
 
   // commands.cc
@@ -188,11 +191,13 @@ class Engine {
   void OnRemove(os::Context context, Address start, Address end);
   void OnRemap(const os::Event& event);
   void OnFork(os::Context context, Child* parent, os::Context child);
+  void ServeHold(Child* child);
   void OnFault(os::Context context, Child* child, const os::Event& event);
   void FillZeros(os::Context context, Span span);
   bool ApplyMoves();
   void AwaitForks();
   Address Translate(Address a) const;
+  bool LeftBehind(Address a) const;
 
   os::Context BreakerOf(const Region& region) const { return region.sync_break ? os::kSyncBreaker : os::kBreaker; }
   std::uint32_t NowSeconds() const { return static_cast<std::uint32_t>(system_.NowNanoseconds() / 1000000000u); }
@@ -213,6 +218,7 @@ class Engine {
   // The scanner's place in the pass, and its scratch, allocated at Start: nothing is allocated while a gate is shut.
   Address cursor_ = 0;
   std::uint32_t pass_ = 1;
+  std::uint64_t reclaim_at_ = 0;
   bool fruitful_ = false;
   bool now_ = false;              // ksmu_merge: pages need not have been still
   std::size_t mappings_at_pass_ = 0;  // counted once a pass, 0: not yet
@@ -228,7 +234,7 @@ class Engine {
   Address* zeros_ = nullptr;
   std::size_t zeros_size_ = 0;
   base::OwnVector<os::AttributedMapping> attributes_;
-  std::uint64_t attributes_at_ = 0;
+  std::uint64_t attributes_until_ = 0;
   base::OwnVector<Address> unwaitable_;  // sorted page addresses
   std::uint64_t unwaitable_at_ = 0;
   bool no_pins_ = false;          // answer of the last look at the descriptors
@@ -253,6 +259,7 @@ class Engine {
   };
   Hold hold_;                                // under events_mutex_
   std::array<bool, kMaxRunPages> held_marks_{};  // of the hold: which pages carried the mark before; scanner
+  std::array<bool, kMaxRunPages> held_moved_{};  // and which have been moved back; scanner
   std::byte* event_scratch_ = nullptr;       // one page; event thread
   std::uint64_t children_checked_at_ = 0;    // event thread
   std::atomic<Address> own_move_from_{0};    // a mapping that the scanner itself is moving

@@ -166,9 +166,12 @@ void Engine::OnFault(os::Context context, Child* child, const os::Event& event) 
   const Address a = event.start & ~(page_ - 1);
   const Span one{a, page_};
   const int shift = std::countr_zero(page_);
-  Words* word = child ? nullptr : table_.Find(Translate(a));
+  // The scanner (or this thread, for a child) reading what it has taken out of a run: known by the old place.
+  const bool held = !child && hold_.taken_to && a >= hold_.taken_to && a - hold_.taken_to < hold_.run.bytes;
+  const Address known = child ? a : held ? hold_.run.start + (a - hold_.taken_to) : Translate(a);
+  Words* word = child ? nullptr : table_.Find(known);
   Page page(word ? word->load(std::memory_order_acquire) : 0);
-  if (page.busy()) return;
+  if (page.busy() && !held) return;
 
   if (event.write_protect) {
     // A synchronous break: book it, then let the kernel copy. The frame is pinned until the copy has been seen.
@@ -190,12 +193,16 @@ void Engine::OnFault(os::Context context, Child* child, const os::Event& event) 
     return;
   }
 
+  // What grows out of a run, or what a program's MREMAP_DONTUNMAP leaves behind, is empty memory: nothing of the pool may
+  // show there. The scanner's own place for pages that it has taken out is none of these.
+  const bool stray = !child && !page.covers();
+  const bool marked = held ? held_marks_[(a - hold_.taken_to) / page_] : page.discarded();
   const bool zeros = child ? child->discards.Contains(a, shift) || !event.minor
-                           : page.discarded() || !event.minor ||
-                                 (page.covers() && page.state() != PageState::kMerged && !page.unconfirmed());
+                           : stray || LeftBehind(a) || marked || !event.minor ||
+                                 (page.state() != PageState::kMerged && !page.unconfirmed());
   Address end = a + page_;
   const std::size_t around = zeros ? kZeroAround : kContinueAround;
-  for (std::size_t i = 1; i < around; ++i, end += page_) {
+  for (std::size_t i = 1; i < around && !held; ++i, end += page_) {
     if (child) {
       if (zeros != child->discards.Contains(end, shift)) break;
       if (!zeros && !table_.Find(end)) break;
@@ -245,25 +252,33 @@ void Engine::OnFork(os::Context context, Child* parent, os::Context child_contex
       }
     }
   }
-  // Pages that the scanner has taken out of their run are not where the child would look: give it copies. Their marks are
-  // not in their words for the time being.
+  ServeHold(child);
+}
+
+// Pages that the scanner has taken out of their run are not where the child would look: it gets copies. Their marks are
+// not in their words for the time being.
+void Engine::ServeHold(Child* child) {
+  const int shift = std::countr_zero(page_);
+  // The scanner's own move may be done and its event still to come: then the child is served when it does.
+  child->before_move = hold_.run.bytes && !hold_.taken_to;
   for (Address a = hold_.run.start; a < hold_.run.end(); a += page_) {
     const Page page = table_.Load(a);
     if (!page.busy() || page.discarded()) continue;
-    const bool marked = held_marks_[(a - hold_.run.start) / page_];
+    const std::size_t i = (a - hold_.run.start) / page_;
+    const bool marked = held_marks_[i];
     if (marked) child->discards.Add(a, shift);
-    if (!hold_.taken_to) continue;  // the fork came first: the child has what was there
-    // A frame, which the child's fault maps, or nothing: to read it here would be a fault for this thread to answer.
-    if (!IsPrivate(hold_.taken_to + (a - hold_.run.start)) && (marked || page.state() != PageState::kBroken)) continue;
-    if (system_.ReadProgram(hold_.taken_to + (a - hold_.run.start), event_scratch_, page_) != page_) continue;
+    if (!hold_.taken_to) continue;
+    Address where = hold_.taken_to + i * page_;
+    if (!IsPrivate(where)) {
+      if (IsPrivate(a)) where = a;  // moved back already
+      // A frame, which the child's fault maps, or nothing: to read it here would be a fault for this thread to answer.
+      else if (marked || held_moved_[i] || page.state() != PageState::kBroken) continue;
+    }
+    if (system_.ReadProgram(where, event_scratch_, page_) != page_) continue;
     for (int attempt = 0; attempt < 100; ++attempt) {
-      if (system_.Copy(child_context, a, event_scratch_, page_, true).error != -EAGAIN) break;
-      os::Event early[8];  // what the child is doing already
-      const std::size_t n = system_.ReadEvents(child_context, early, 8);
-      for (std::size_t i = 0; i < n; ++i) {
-        if (early[i].kind == os::Event::kRemove) child->discards.AddRange(early[i].start, early[i].end, shift);
-        else if (early[i].kind == os::Event::kFault) system_.Wake(child_context, {early[i].start, page_});
-      }
+      if (system_.Copy(child->context, a, event_scratch_, page_, true).error != -EAGAIN) break;
+      HandleContext(child->context, child);  // it is discarding, moving or forking already
+      if (child->discards.Contains(a, shift) && !marked) break;
       system_.Yield();
     }
   }
@@ -271,7 +286,12 @@ void Engine::OnFork(os::Context context, Child* parent, os::Context child_contex
 
 void Engine::OnRemap(const os::Event& event) {
   if (event.start == own_move_from_.load(std::memory_order_acquire)) {
-    if (event.start == hold_.run.start) hold_.taken_to = event.to;
+    if (event.start == hold_.run.start) {
+      hold_.taken_to = event.to;
+      for (std::size_t i = 0; i < children_.size(); ++i) {
+        if (children_[i]->before_move) ServeHold(children_[i]);
+      }
+    }
     return;
   }
   const std::size_t n = move_count_.load(std::memory_order_relaxed);
@@ -282,6 +302,16 @@ void Engine::OnRemap(const os::Event& event) {
   }
   (*moves_)[n] = {event.start, event.end, event.to};
   move_count_.store(n + 1, std::memory_order_release);
+}
+
+// In the old place of a move that has not been followed yet.
+bool Engine::LeftBehind(Address a) const {
+  for (std::size_t n = move_count_.load(std::memory_order_relaxed); n-- > 0;) {
+    const Moved& moved = (*moves_)[n];
+    if (a >= moved.to && a - moved.to < moved.end - moved.from) return false;  // something was moved here later
+    if (a >= moved.from && a < moved.end) return true;
+  }
+  return false;
 }
 
 // The address under which a page is known whose mapping the program has moved, until the scanner has followed.
@@ -315,6 +345,9 @@ bool Engine::ApplyMoves() {
     region.end = to.end();
     region.owned = false;
     if (to.end() > PageTable::kLimit || !table_.MakeRange(to) || !regions_.Set(region)) return false;
+    // The program's own MREMAP_DONTUNMAP leaves the old mapping: empty, but over the frames still.
+    os::Mapping left;
+    const bool stays = system_.QueryMapping(moved.from, &left) == 0 && left.start <= moved.from;
     std::lock_guard lock(events_mutex_);
     for (Address a = moved.from; a < moved.end; a += page_) {
       Words* old_word = table_.Find(a);
@@ -328,8 +361,12 @@ bool Engine::ApplyMoves() {
       const std::size_t starts = RunStartsAt(a) + RunStartsAt(new_page);
       while (!Change(new_word, before, page)) {
       }
-      while (!Change(old_word, page, Page())) {
+      const bool over_frame = stays && pool_.Shows(left, a, page.value());
+      if (over_frame) pool_.Cover(page.value());
+      const Page after = over_frame ? Page().WithState(PageState::kDropped).WithValue(page.value()).WithDiscarded(true) : Page();
+      while (!Change(old_word, page, after)) {
       }
+      if (over_frame) table_.FindSegment(a)->marked.fetch_add(1, std::memory_order_relaxed);
       maps_used_ += RunStartsAt(a) + RunStartsAt(new_page) - starts;
       if (page.discarded()) {
         table_.FindSegment(a)->marked.fetch_sub(1, std::memory_order_relaxed);

@@ -150,14 +150,24 @@ void Gate::ReadEvents() {
 }
 
 void Gate::ServeChild(os::Context child) {
+  std::array<bool, kMaxRunPages> gone = gone_;
   for (std::size_t i = 0; i < pages_; ++i) {
-    if (state_[i] != kTaken || gone_[i]) continue;
-    for (int attempt = 0; attempt < 100; ++attempt) {
+    if (state_[i] != kTaken) continue;
+    for (int attempt = 0; attempt < 100 && !gone[i]; ++attempt) {
       const os::Partial copied = system_.Copy(child, run_.start + i * page_, Staged(i), page_, true);
       // EEXIST: it has the page. ENOENT: its mapping is not the gate's (the fork came after the attach).
       if (copied.done == page_ || copied.error == -EEXIST || copied.error == -ENOENT || copied.error == -ESRCH) break;
-      os::Event ignored[8];
-      system_.ReadEvents(child, ignored, 8);  // it may be discarding already: that is what EAGAIN says
+      // It may be discarding, or forking, already: that is what EAGAIN says.
+      os::Event events[8];
+      const std::size_t n = system_.ReadEvents(child, events, 8);
+      for (std::size_t e = 0; e < n; ++e) {
+        if (events[e].kind == os::Event::kFork) ServeChild(events[e].child);
+        if (events[e].kind != os::Event::kRemove) continue;
+        for (std::size_t k = 0; k < pages_; ++k) {
+          const Address page = run_.start + k * page_;
+          if (events[e].start <= page && page < events[e].end) gone[k] = true;
+        }
+      }
       system_.Yield();
     }
   }

@@ -28,29 +28,38 @@ bool Engine::BudgetAllows() const {
   return mappings_at_pass_ + 2 * since + 4 < limit;
 }
 
+// Reading smaps costs some microseconds a mapping, of the whole process: it is done rarely, and only what is out of the
+// ordinary is kept. A mapping without an entry has no attributes; those that merging itself makes take over what was
+// there.
 void Engine::RefreshAttributes() {
   attributes_.clear();
-  attributes_at_ = system_.NowNanoseconds();
-  for (std::size_t i = 0; i < regions_.size(); ++i) {
+  const std::uint64_t begun = system_.NowNanoseconds();
+  if (regions_.size()) {
+    const Address start = regions_[0].start, end = regions_[regions_.size() - 1].end;
     system_.ReadAttributes(
-        regions_[i].span(),
-        [](void* cookie, const os::AttributedMapping& mapping) {
-          static_cast<base::OwnVector<os::AttributedMapping>*>(cookie)->push_back(mapping);
+        {start, end - start},
+        [](void* cookie, const os::AttributedMapping& m) {
+          const os::Attributes& a = m.attributes;
+          if (a.dont_fork || a.dont_dump || a.huge_page || a.no_huge_page || a.wipe_on_fork || a.locked || a.mergeable ||
+              a.sealed || a.hugetlb || a.pfn_map || a.grows_down || a.protection_key) {
+            static_cast<base::OwnVector<os::AttributedMapping>*>(cookie)->push_back(m);
+          }
         },
         &attributes_);
   }
+  const std::uint64_t now = system_.NowNanoseconds();
+  attributes_until_ = now + std::max(kAttributesLive, 50 * (now - begun));
 }
 
-// The attributes of the mapping at an address, as they were at most kAttributesLive ago; nullptr: none is known.
-const os::AttributedMapping* Engine::FindAttributes(Address a) {
-  if (attributes_at_ == 0 || system_.NowNanoseconds() - attributes_at_ > kAttributesLive) RefreshAttributes();
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    auto after = std::upper_bound(attributes_.begin(), attributes_.end(), a,
-                                  [](Address at, const os::AttributedMapping& m) { return at < m.mapping.start; });
-    if (after != attributes_.begin() && (after - 1)->mapping.end > a) return after - 1;
-    if (attempt == 0) RefreshAttributes();
-  }
-  return nullptr;
+// The attributes at an address, as they were when smaps was read last; *until: how far they reach.
+os::Attributes Engine::FindAttributes(Address a, Address* until) {
+  if (system_.NowNanoseconds() >= attributes_until_) RefreshAttributes();
+  auto after = std::upper_bound(attributes_.begin(), attributes_.end(), a,
+                                [](Address at, const os::AttributedMapping& m) { return at < m.mapping.start; });
+  *until = after == attributes_.end() ? PageTable::kLimit : after->mapping.start;
+  if (after == attributes_.begin() || (after - 1)->mapping.end <= a) return {};
+  *until = (after - 1)->mapping.end;
+  return (after - 1)->attributes;
 }
 
 void Engine::RefreshUnwaitable() {
@@ -125,10 +134,9 @@ std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, 
   }
   pages = std::min(pages, static_cast<std::size_t>(std::min(mapping.end, region.end) - start) / page_);
 
-  const os::AttributedMapping* found = FindAttributes(start);
-  if (!found) return 0;
-  const os::Attributes& a = found->attributes;
-  pages = std::min(pages, static_cast<std::size_t>(found->mapping.end - start) / page_);
+  Address until = 0;
+  const os::Attributes a = FindAttributes(start, &until);
+  pages = std::min(pages, static_cast<std::size_t>(until - start) / page_);
   *reason = a.locked || a.sealed ? Reason::kLocked
             : a.hugetlb || a.pfn_map || a.grows_down || a.wipe_on_fork || a.protection_key ? Reason::kAttributes
                                                                                             : Reason::kNone;
@@ -382,7 +390,10 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
     KSMU_TEST_POINT("merge.proved", run.start, run.bytes);
     std::size_t attached = 0;
     const Span part{at, equal * page_};
-    if (equal && gate_.StillOurs(part)) {
+    os::Mapping still;
+    const bool ours = equal && gate_.StillOurs(part) && system_.QueryMapping(at, &still) == 0 && still.start <= at &&
+                      still.end >= part.end() && still.anonymous && still.readable && still.writable;
+    if (ours) {
       KSMU_TEST_POINT("merge.attach", run.start, run.bytes);
       if (prepared) {
         own_move_from_.store(prepared, std::memory_order_release);

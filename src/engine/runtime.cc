@@ -12,7 +12,6 @@ namespace {
 constexpr std::int64_t kMillisecond = 1'000'000;
 constexpr std::int64_t kFirstPassSleep = 100 * kMillisecond;  // the interval in which a page has to be still
 constexpr std::int64_t kLongestPassSleep = 2000 * kMillisecond;
-constexpr std::int64_t kLongestPaceSleep = 200 * kMillisecond;
 constexpr int kScannerNice = 5;
 constexpr int kEventWaitMs = 1000;
 }  // namespace
@@ -113,6 +112,11 @@ void* Runtime::EventMain(void* self) {
     runtime.engine_->HandleEvents();
   }
   return nullptr;
+}
+
+void Runtime::TunableChanged() {
+  tunables_changed_.store(true, std::memory_order_release);
+  Nudge();
 }
 
 void Runtime::Nudge() {
@@ -226,6 +230,7 @@ void Runtime::Run(Command* command, Slot* slot) {
     case Command::kAdvise:
       command->result = engine.Advise(command->span, command->promise, command->sync_break, command->owned);
       pass_sleep_ns_ = 0;
+      next_scan_at_ = std::min(next_scan_at_, system_->NowNanoseconds() + kFirstPassSleep);
       break;
     case Command::kUnmerge:
       command->result = engine.Unmerge(command->span);
@@ -311,20 +316,23 @@ void Runtime::Run(Command* command, Slot* slot) {
 }
 
 void Runtime::Park() {
-  parked_.store(1, std::memory_order_release);
-  os::FutexWake(&parked_, INT_MAX);
-  for (;;) {
-    const std::uint32_t paused = pause_.load(std::memory_order_acquire);
-    if (paused == 0) break;
-    os::FutexWait(&pause_, paused, -1);
-  }
-  parked_.store(0, std::memory_order_release);
+  // Over again if somebody has paused in between: he may have taken the old parked_ for the answer to his own request.
+  do {
+    parked_.store(1, std::memory_order_seq_cst);
+    os::FutexWake(&parked_, INT_MAX);
+    for (;;) {
+      const std::uint32_t paused = pause_.load(std::memory_order_seq_cst);
+      if (paused == 0) break;
+      os::FutexWait(&pause_, paused, -1);
+    }
+    parked_.store(0, std::memory_order_seq_cst);
+  } while (pause_.load(std::memory_order_seq_cst) != 0);
 }
 
 void Runtime::Pause(Inheritance* inheritance) {
-  pause_.fetch_add(1, std::memory_order_acq_rel);
+  pause_.fetch_add(1, std::memory_order_seq_cst);
   Nudge();
-  while (parked_.load(std::memory_order_acquire) == 0) os::FutexWait(&parked_, 0, 100 * kMillisecond);
+  while (parked_.load(std::memory_order_seq_cst) == 0) os::FutexWait(&parked_, 0, 100 * kMillisecond);
   inheritance->region_count = inheritance->file_count = 0;
   if (!engine_) return;  // it has just ended
   const RegionList& regions = engine_->regions();
@@ -337,7 +345,7 @@ void Runtime::Pause(Inheritance* inheritance) {
 }
 
 void Runtime::Resume() {
-  pause_.fetch_sub(1, std::memory_order_acq_rel);
+  pause_.fetch_sub(1, std::memory_order_seq_cst);
   os::FutexWake(&pause_, INT_MAX);
 }
 
@@ -361,34 +369,42 @@ void Runtime::ScannerLoop() {
       Park();
       continue;
     }
+    if (tunables_changed_.exchange(false, std::memory_order_acq_rel)) next_scan_at_ = 0, debt_ns_ = 0;
     if (settings_.run.load(std::memory_order_relaxed) == 1 && engine_->HasRegions()) {
-      Scan();
+      const std::uint64_t now = system_->NowNanoseconds();
+      if (now >= next_scan_at_) {
+        Scan();
+      } else {
+        Sleep(static_cast<std::int64_t>(next_scan_at_ - now));
+      }
       continue;
     }
     const bool again = engine_->Housekeeping();
-    Sleep(again ? kMillisecond : engine_->HasRegions() ? kLongestPassSleep : -1);
+    Sleep(again ? kMillisecond : engine_->HasRegions() || engine_->ReclaimDue() ? kLongestPassSleep : -1);
   }
 }
 
-// One step, and the sleep that pacing asks for after it.
+// One step, and when pacing lets the next one come. A command that ends the sleep does not bring the next step forward.
 void Runtime::Scan() {
-  const std::uint64_t now = system_->NowNanoseconds(), cpu = system_->ThreadCpuNanoseconds();
+  const std::uint64_t begun = system_->NowNanoseconds(), cpu = system_->ThreadCpuNanoseconds();
   const auto limit = settings_.cpu_limit_percent.load(std::memory_order_relaxed);
-  if (now - window_start_ > 1'000'000'000 || window_start_ == 0) {
-    window_start_ = now;
-    window_cpu_ = cpu;
-  }
   const Engine::StepResult step = engine_->Step();
+  const std::uint64_t now = system_->NowNanoseconds();
   batch_pages_ += step.pages_read;
   const auto pages_to_scan = settings_.pages_to_scan.load(std::memory_order_relaxed);
   const auto sleep_millisecs = settings_.sleep_millisecs.load(std::memory_order_relaxed);
   std::int64_t sleep = 0;
   if (limit > 0 && limit < 100) {
-    // Run ahead of the budget, then sleep until it has caught up.
-    const auto used = static_cast<std::int64_t>(system_->ThreadCpuNanoseconds() - window_cpu_);
-    const auto elapsed = static_cast<std::int64_t>(system_->NowNanoseconds() - window_start_);
-    const std::int64_t ahead = used * 100 / limit - elapsed;
-    if (ahead > kMillisecond) sleep = std::min(ahead, kLongestPaceSleep);
+    // What was used ahead of the budget is slept off, as soon as it is worth a sleep.
+    const auto used = static_cast<std::int64_t>(system_->ThreadCpuNanoseconds() - cpu);
+    debt_ns_ += used * 100 / limit - static_cast<std::int64_t>(now - begun);
+    debt_ns_ = std::max<std::int64_t>(debt_ns_, 0);
+    if (debt_ns_ > kMillisecond) {
+      sleep = debt_ns_;
+      debt_ns_ = 0;
+    }
+  } else {
+    debt_ns_ = 0;
   }
   if (pages_to_scan > 0 && batch_pages_ >= static_cast<std::size_t>(pages_to_scan)) {
     batch_pages_ = 0;
@@ -406,7 +422,7 @@ void Runtime::Scan() {
     }
     sleep = std::max(sleep, pass_sleep_ns_);
   }
-  if (sleep > 0) Sleep(sleep);
+  next_scan_at_ = now + static_cast<std::uint64_t>(sleep);
 }
 
 }  // namespace ksmu::engine

@@ -78,8 +78,7 @@ class Runtime {
   // fork: the scanner comes to rest between two steps, with no merge in hand, until Resume. The event thread goes on.
   void Pause(Inheritance* inheritance);
   void Resume();
-  // Something that the scanner should look at has changed (a tunable).
-  void Nudge();
+  void TunableChanged();
   // In a child: what it has inherited. Before anything else.
   void Inherit(const Inheritance& inheritance);
 
@@ -105,6 +104,7 @@ class Runtime {
   void Sleep(std::int64_t ns);
   void Scan();
   void Answer(Slot* slot);
+  void Nudge();
 
   const Settings& settings_;
   RuntimeOptions options_;
@@ -125,7 +125,9 @@ class Runtime {
   // Pacing.
   std::int64_t pass_sleep_ns_ = 0;
   std::size_t batch_pages_ = 0;
-  std::uint64_t window_start_ = 0, window_cpu_ = 0;
+  std::int64_t debt_ns_ = 0;         // wall time still to be slept off for CPU time used
+  std::uint64_t next_scan_at_ = 0;
+  std::atomic<bool> tunables_changed_{false};
 };
 
 }  // namespace ksmu::engine

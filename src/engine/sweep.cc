@@ -12,6 +12,7 @@ constexpr std::size_t kChunkBytes = std::size_t{64} << 20;  // one PAGEMAP_SCAN 
 constexpr std::size_t kRuns = 1024;
 constexpr std::uint32_t kAuditEvery = 64;                   // passes
 constexpr std::uint8_t kMaxBackoff = 6;
+constexpr std::uint64_t kReclaimRetryNs = 100'000'000;
 
 void MarkBits(std::array<std::uint64_t, kMaxSegmentPages / 64>& bits, std::size_t low, std::size_t high) {
   while (low < high) {
@@ -89,7 +90,11 @@ Engine::StepResult Engine::Step() {
 bool Engine::Housekeeping() {
   const bool moved = ApplyMoves();
   const bool repaired = gate_.Repair();
-  if (pool_.ReclaimDue()) pool_.Reclaim(&Engine::ForgetFrame, this);
+  if (pool_.ReclaimDue() && system_.NowNanoseconds() >= reclaim_at_) {
+    // What waits for a child is not asked about all the time.
+    pool_.Reclaim(&Engine::ForgetFrame, this);
+    if (pool_.ReclaimDue()) reclaim_at_ = system_.NowNanoseconds() + kReclaimRetryNs;
+  }
   return !moved || !repaired;
 }
 
@@ -109,6 +114,8 @@ std::size_t Engine::Sweep(const Region& region, Address from, Address to, bool n
         --segment->wait;
         Add(counters_.pages_skipped, static_cast<std::int64_t>((end - from) / page_));
         *swept_to = end;
+        // Not armed, but its breaks are booked: what is saved is not to be overstated.
+        ConfirmBreaks({from, end - from});
         return 0;
       }
       to = *swept_to = segment->start;
@@ -248,8 +255,9 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
         break;
       case PageState::kBroken:
         ++broken;
-        if (there && page.unconfirmed()) {
-          if (Change(word, page, page.WithUnconfirmed(false))) pool_.Unpin(page.value());
+        if (there && page.unconfirmed() && IsPrivate(a)) {  // the scan may be older than this merge
+          if (!Change(word, page, page.WithUnconfirmed(false))) break;
+          pool_.Unpin(page.value());
           page = page.WithUnconfirmed(false);
         }
         // tries: sweeps that found it unwritten, as far as that matters.
@@ -269,7 +277,7 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
         ++broken;
         if (there) {
           if (page.unconfirmed()) {
-            Change(word, page, page.WithUnconfirmed(false));
+            if (!IsPrivate(a) || !Change(word, page, page.WithUnconfirmed(false))) break;
             pool_.Unpin(page.value());
             page = page.WithUnconfirmed(false);
           }
@@ -337,8 +345,11 @@ void Engine::ConfirmBreaks(Span span) {
           }
         } else if (page.unconfirmed() && page.state() == PageState::kBroken) {
           if (Change(word, page, page.WithUnconfirmed(false))) pool_.Unpin(page.value());
-        } else if (page.state() == PageState::kDropped) {
-          Change(word, page, page.WithState(PageState::kBroken).WithStamp(NowSeconds()).WithTries(0));
+        } else if (page.state() == PageState::kDropped || page.state() == PageState::kResidue) {
+          if (Change(word, page, page.WithState(PageState::kBroken).WithUnconfirmed(false).WithStamp(NowSeconds()).WithTries(0)) &&
+              page.unconfirmed()) {
+            pool_.Unpin(page.value());
+          }
         }
       }
     }
@@ -358,6 +369,7 @@ void Engine::Audit(const Region& region) {
     if (error && error != -ENOENT) return;  // refused: that is not to be taken for a hole
     const bool found = error == 0;
     AwaitForks();
+    if (move_count_.load(std::memory_order_acquire)) return;  // moved by the program: to be followed, not forgotten
     const Address start = found ? std::max(mapping.start, at) : region.end;
     if (start > at) {
       const Span hole{at, std::min(start, region.end) - at};

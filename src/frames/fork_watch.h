@@ -16,6 +16,7 @@ namespace ksmu::frames {
 
 class ForkWatch {
  public:
+  static constexpr std::size_t kMaxEpochs = 64;
   explicit ForkWatch(os::System& system) : system_(system) {}
   ~ForkWatch();
   ForkWatch(const ForkWatch&) = delete;
@@ -29,12 +30,12 @@ class ForkWatch {
   bool NoChildSince(std::uint16_t epoch);
 
  private:
-  static constexpr std::size_t kMaxEpochs = 64;
   bool Exclusive(std::size_t i);
   int AddCanary();
 
   os::System& system_;
   os::Address canaries_[kMaxEpochs] = {};
+  bool lost_[kMaxEpochs] = {};  // swapped out once: what bit 56 says of it afterwards is nothing to go by
   std::size_t count_ = 0;
 };
 

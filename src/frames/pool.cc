@@ -152,11 +152,14 @@ std::size_t Pool::Reclaim(void (*forget)(void*, Frame), void* cookie) {
   // forked later cannot inherit what no mapping shows. Per epoch, remembered.
   std::uint16_t asked_epoch = 0;
   bool asked = false, answer = false;
+  std::array<bool, ForkWatch::kMaxEpochs> has_child{};  // a "no" is kept for the whole call, and one call asks once for it
   auto no_child_since = [&](std::uint16_t epoch) {
+    if (has_child[epoch]) return false;
     if (!asked || asked_epoch != epoch) {
       asked = true;
       asked_epoch = epoch;
       answer = forks_.NoChildSince(epoch);
+      has_child[epoch] = !answer;
     }
     return answer;
   };

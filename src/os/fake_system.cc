@@ -279,7 +279,12 @@ FakeSystem::Raised FakeSystem::Raise(Context c, const Event& event) {
 }
 
 void FakeSystem::Queue(const Raised& raised, Waiter& waiter) {
-  if (!contexts_[static_cast<std::size_t>(raised.context)]->open) return;  // nobody waits for a context that is closed
+  if (!contexts_[static_cast<std::size_t>(raised.context)]->open) {  // nobody waits for a context that is closed
+    if (raised.event.kind == Event::kFork) {
+      Release(*contexts_[static_cast<std::size_t>(raised.event.child)], raised.event.child);
+    }
+    return;
+  }
   waiter.state = Waiter::kForEvent;
   waiter.context = raised.context;
   Raised queued = raised;
@@ -342,16 +347,15 @@ std::size_t FakeSystem::ReadEvents(Context c, Event* events, std::size_t capacit
   return n;
 }
 
-void FakeSystem::CloseContext(Context child) {
-  Scope scope(*this, "CloseContext", child);
-  ContextState* state = Open(child);
-  if (state == nullptr || child < kFirstChild) return;
-  state->open = false;
-  if (state->process->alive) {
-    auto& space = state->process->space;
+// The kernel's release of a context: registrations end, everybody goes on. The context of a fork whose event has not been
+// read is released with it.
+void FakeSystem::Release(ContextState& state, Context c) {
+  state.open = false;
+  if (state.process->alive) {
+    auto& space = state.process->space;
     std::vector<Span> held;
     for (const auto& [start, v] : space.vmas()) {
-      if (v.context == child) held.push_back({start, v.end - start});
+      if (v.context == c) held.push_back({start, v.end - start});
     }
     for (Span s : held) {
       space.ClearMarks(s);
@@ -361,12 +365,19 @@ void FakeSystem::CloseContext(Context child) {
       });
     }
   }
-  for (Waiter* w : state->faults) w->state = Waiter::kRunning;
-  state->faults.clear();
-  for (Raised& r : state->events) {
+  for (Waiter* w : state.faults) w->state = Waiter::kRunning;
+  state.faults.clear();
+  for (Raised& r : state.events) {
     if (r.waiter != nullptr) r.waiter->state = Waiter::kRunning;
+    if (r.event.kind == Event::kFork) Release(*contexts_[static_cast<std::size_t>(r.event.child)], r.event.child);
   }
-  state->events.clear();
+  state.events.clear();
+}
+
+void FakeSystem::CloseContext(Context child) {
+  Scope scope(*this, "CloseContext", child);
+  ContextState* state = Open(child);
+  if (state != nullptr && child >= kFirstChild) Release(*state, child);
 }
 
 bool FakeSystem::ContextAlive(Context child) {

@@ -259,6 +259,7 @@ class FakeSystem : public System {
   FaultResult Fault(Process&, Address page, Access, Waiter&);
   void BlockAt(Waiter&, const fake::Vma&, Address page, bool write_protect, bool minor, bool write);
   void MapFromFile(Process&, fake::Vma&, Address page, bool write, bool keep_mark);
+  void Release(ContextState&, Context);
   void WakeRange(Context, Span, bool lie);
   // The event is raised (mmap_changing) now and queued by Queue; GoneOn ends it.
   Raised Raise(Context, const Event&);

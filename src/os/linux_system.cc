@@ -416,6 +416,10 @@ int LinuxSystem::Unmap(Span span) {
   return static_cast<int>(raw::Repeat([&] { return syscall(SYS_munmap, span.start, span.bytes); }));
 }
 
+int LinuxSystem::Lock(Span span) {
+  return static_cast<int>(raw::Repeat([&] { return syscall(SYS_mlock, span.start, span.bytes); }));
+}
+
 int LinuxSystem::Protect(Span span, Protection protection) {
   return static_cast<int>(
       raw::Repeat([&] { return syscall(SYS_mprotect, span.start, span.bytes, ProtectionBits(protection)); }));

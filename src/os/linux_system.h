@@ -77,6 +77,7 @@ class LinuxSystem final : public System {
   int TakePages(Span, Address* out) override;
   int Unmap(Span) override;
   int Protect(Span, Protection) override;
+  int Lock(Span) override;
 
   int CreateFile(std::size_t bytes, File* out) override;
   void CloseFile(const File&) override;

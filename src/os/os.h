@@ -203,6 +203,7 @@ class System {
   virtual int TakePages(Span, Address* out) = 0;
   virtual int Unmap(Span) = 0;
   virtual int Protect(Span, Protection) = 0;
+  virtual int Lock(Span) { return 0; }       // mlock, for pages of the library's own; may be refused
 
   // --- pool files --------------------------------------------------------------------------------------------------
   // A new memfd of that many bytes, sparse. -EFBIG beyond RLIMIT_FSIZE (SIGXFSZ is blocked in our threads), -EMFILE, -ENOMEM.
