@@ -174,6 +174,7 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
   hold_.taken_to = to;
   KSMU_TEST_POINT("remerge.taken", run.start, run.bytes);
   lock.unlock();
+  NoteWritten({to, run.bytes});
   // Where nothing is a mark may lie, and looks like a private page that is swapped out.
   for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
     while (system_.WriteProtect(breaker, {to, run.bytes}, false) == -EAGAIN) system_.Yield();
@@ -297,7 +298,7 @@ std::size_t Engine::Remerge(Span run) {
     const Frame frame = table_.Load(run.start + i * page_).value();
     // Only what the program has written: an empty place would be read as the frame that the fault maps there.
     // Written since it was found ripe: somebody may have pinned it, and this very page has to go back.
-    if (WrittenSince(taken_to + i * page_)) {
+    if (held_written_[i]) {
       MoveBackHeld(i);
       continue;
     }
@@ -373,7 +374,7 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
   for (std::size_t i = 0; i < n; ++i) {
     const Page page = table_.Load(run.start + i * page_);
     const Address to = fresh + i * page_;
-    if (page.state() == PageState::kBroken ? WrittenSince(taken_to + i * page_) : IsPrivate(taken_to + i * page_, true)) {
+    if (page.state() == PageState::kBroken ? held_written_[i] : IsPrivate(taken_to + i * page_, true)) {
       // Written since the last sweep, and so perhaps pinned: this very page has to go back.
       written[i] = true;
       complete = false;
@@ -477,14 +478,21 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
   return 0;
 }
 
-// True if a page that has been taken out of its run carries no protection mark: it was written since the last sweep.
-bool Engine::WrittenSince(Address taken) {
+// Which of the pages just taken carry no protection mark: written since the last sweep, which judged them.
+void Engine::NoteWritten(Span taken) {
+  held_written_.fill(false);
   os::ScanRequest request;
   request.required = os::kPresent | os::kWritten;
   request.returned = os::kWritten;
-  os::PageRun run;
-  const os::ScanResult scan = system_.Scan({taken, page_}, request, &run, 1);
-  return !scan.error && scan.runs == 1;
+  std::array<os::PageRun, 16> runs;
+  for (Address at = taken.start; at < taken.end();) {
+    const os::ScanResult scan = system_.Scan({at, taken.end() - at}, request, runs.data(), runs.size());
+    if (scan.error || scan.walked_to <= at) return held_written_.fill(true);
+    for (std::size_t r = 0; r < scan.runs; ++r) {
+      for (Address a = runs[r].start; a < runs[r].end; a += page_) held_written_[(a - taken.start) / page_] = true;
+    }
+    at = scan.walked_to;
+  }
 }
 
 // True if the page is the process's own, not a frame: present or swapped out.

@@ -168,7 +168,7 @@ class Engine {
   void TendRun(const Region& region, Span run);
   std::size_t Remerge(Span run);
   int Detach(const Region& region, Span run, PageState expected);  // back to anonymous memory, contents kept
-  bool WrittenSince(Address taken);
+  void NoteWritten(Span taken);
   bool TakeFromRun(Span run, PageState expected);
   void ReturnHeld(std::size_t i);
   void MoveBackHeld(std::size_t i);
@@ -259,6 +259,7 @@ class Engine {
   };
   Hold hold_;                                // under events_mutex_
   std::array<bool, kMaxRunPages> held_marks_{};  // of the hold: which pages carried the mark before; scanner
+  std::array<bool, kMaxRunPages> held_written_{};  // which were written since the last sweep; scanner
   std::array<bool, kMaxRunPages> held_moved_{};  // and which have been moved back; scanner
   std::byte* event_scratch_ = nullptr;       // one page; event thread
   std::uint64_t children_checked_at_ = 0;    // event thread
