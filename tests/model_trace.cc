@@ -164,9 +164,10 @@ Trace Generate(std::uint64_t seed) {
     const int r = pick(100);
     if (r < 4) {
       // Written, and written back: it can be merged again in place.
-      const int page = pick(c.pages), value = 1 + pick(contents);
+      const int page = pick(c.pages);
       for (int again = 0; again < 2; ++again) {
-        add(OpKind::kProgram, pick(4), static_cast<int>(again == 0 ? ProgramKind::kPoke : ProgramKind::kFill), page, 1, value);
+        add(OpKind::kProgram, pick(4), static_cast<int>(again == 0 ? ProgramKind::kPoke : ProgramKind::kFill), page, 1,
+            again == 0 ? pick(5) : -1);
         add(OpKind::kStep, 2 + pick(2));
       }
     } else if (r < 30) {

@@ -22,7 +22,7 @@ enum class OpKind : std::uint8_t {
   // The event thread: a call of HandleEvents.
   kEvents,
   // The program: an operation is started on a thread and run as far as it goes. a: thread.
-  kProgram,       // b: ProgramKind, c: page, d: pages, e: value
+  kProgram,       // b: ProgramKind, c: page, d: pages, e: value; a fill with -1: as it was before a poke
   // Raw system calls over memory that has been released. a: first page, b: pages.
   kRawUnmap,
   kMapAgain,

@@ -244,14 +244,17 @@ void World::LibraryCall(const Op& op) {
   in_call_ = true;
   std::int64_t error = 0;
   switch (op.kind) {
-    case OpKind::kAdvise:
-      each([&](Page& p, int) { p.promise |= (op.c & 1) != 0; });  // also while it is being changed
-      error = engine_->Advise(span, (op.c & 1) != 0, (op.c & 2) != 0, false);
+    case OpKind::kAdvise: {
+      bool promise = (op.c & 1) != 0;
+      each([&](Page& p, int) { promise &= !p.shadow.InFlight(Change::kZero); });  // a raw discard has begun already
+      each([&](Page& p, int) { p.promise |= promise; });  // also while it is being changed
+      error = engine_->Advise(span, promise, (op.c & 2) != 0, false);
       each([&](Page& p, int) {
-        if (error == 0 || (error == -ENOMEM && holes)) p.promise = (op.c & 1) != 0;
+        if (error == 0 || (error == -ENOMEM && holes)) p.promise = promise;
         p.released = false;
       });
       break;
+    }
     case OpKind::kUnmerge: error = engine_->Unmerge(span); break;
     case OpKind::kRelease:
       if (holes) break;
@@ -341,6 +344,7 @@ bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count
   switch (kind) {
     case ProgramKind::kRead: op.kind = FakeOperation::kRead; break;
     case ProgramKind::kFill:
+      if (value < 0) value = page(first).shadow.Usual();
       op.kind = FakeOperation::kWrite;
       op.data.assign(page_size_, std::byte(value));
       change = {Change::kFill, 0, static_cast<unsigned char>(value)};

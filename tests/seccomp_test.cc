@@ -13,6 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <random>
 #include <set>
 
@@ -187,10 +188,10 @@ TEST_P(Seccomp, RefusesOneCall) {
         ExpectDefined("start", ksmu_start(nullptr, sizeof(ksmu_options)));
         ExpectDefined("advise", ksmu_advise(memory, bytes, KSMU_MERGEABLE | flags));
         ExpectDefined("merge", ksmu_merge(memory, bytes));
-        LetWork(worker, 3000);
+        LetWork(worker, 1500);
         ExpectDefined("advise", ksmu_advise(second, bytes, KSMU_MERGEABLE | flags));
         ExpectDefined("merge", ksmu_merge(second, bytes));
-        LetWork(worker, 1000);
+        LetWork(worker, 500);
         ksmu_stats stats;
         ExpectDefined("read_stats", ksmu_read_stats(&stats, sizeof stats));
         ksmu_region_stats region;
@@ -200,10 +201,10 @@ TEST_P(Seccomp, RefusesOneCall) {
         const int discarded = ksmu_advise(second, bytes / 4, KSMU_DISCARD);
         ExpectDefined("discard", discarded);
         ExpectDefined("unmerge", ksmu_advise(second, bytes / 2, KSMU_UNMERGEABLE));
-        LetWork(worker, 1000);
+        LetWork(worker, 500);
         ExpectDefined("run 2", ksmu_set("run", 2));
         ExpectDefined("run 1", ksmu_set("run", 1));
-        LetWork(worker, 1000);
+        LetWork(worker, 500);
         ExpectDefined("release", ksmu_advise(second, bytes, KSMU_RELEASE));
         for (int i = 0; i < 3; ++i) {
           if (ksmu_stop() != 0) {
@@ -211,7 +212,7 @@ TEST_P(Seccomp, RefusesOneCall) {
             break;
           }
         }
-        LetWork(worker, 1000);
+        LetWork(worker, 500);
         worker.stop = true;
         thread.join();
         EXPECT_EQ(worker.wrong, 0);
@@ -230,11 +231,18 @@ TEST_P(Seccomp, RefusesOneCall) {
       60);
 }
 
+// All ways to attach and to break in the long run only.
+std::vector<int> FlagsToTry() {
+  const char* all = getenv("KSMU_TEST_LONG");
+  if (all != nullptr && all[0] == '1') return {0, KSMU_F_NO_RAW_DISCARDS, KSMU_F_SYNC_BREAK};
+  return {0};
+}
+
 INSTANTIATE_TEST_SUITE_P(Calls, Seccomp,
                          ::testing::Combine(::testing::Range<std::size_t>(0, Calls().size()),
                                             ::testing::Values(When::kBeforeStart, When::kMiddleThisThread,
                                                               When::kMiddleAllThreads),
-                                            ::testing::Values(0, KSMU_F_NO_RAW_DISCARDS, KSMU_F_SYNC_BREAK)),
+                                            ::testing::ValuesIn(FlagsToTry())),
                          [](const ::testing::TestParamInfo<Seccomp::ParamType>& info) {
                            const int flags = std::get<2>(info.param);
                            std::string name = Calls()[std::get<0>(info.param)].name;

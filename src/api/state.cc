@@ -97,7 +97,7 @@ void ForkPrepare() {
   State& s = state();
   s.mutex.lock();
   if (engine::Runtime* runtime = s.runtime.load(std::memory_order_acquire); runtime && s.pid == os::ProcessId()) {
-    runtime->Pause(&g_inheritance);
+    runtime->Pause();
     KSMU_TEST_POINT("fork.prepare", 0, 0);
   }
 }
@@ -117,7 +117,10 @@ void ForkChild() {
   s.runtime.store(nullptr, std::memory_order_relaxed);
   s.users.store(0, std::memory_order_relaxed);
   s.stopping.store(false, std::memory_order_relaxed);
-  if (had) s.inherited.store(true, std::memory_order_relaxed);
+  if (had) {
+    s.inherited.store(true, std::memory_order_relaxed);
+    g_inheritance.file_count = g_inheritance.child_file_count;
+  }
   s.starts_total = 0;
   s.pid.store(os::ProcessId(), std::memory_order_relaxed);
   KSMU_TEST_POINT("fork.child", 0, 0);
@@ -135,7 +138,9 @@ int StartRuntime(const engine::RuntimeOptions& options) {
   State& s = state();
   engine::Runtime* runtime = nullptr;
   os::ErrorText text;
-  if (int error = engine::Runtime::Start(g_settings, options, &runtime, &text)) {
+  engine::RuntimeOptions with_inheritance = options;
+  with_inheritance.inheritance = &g_inheritance;
+  if (int error = engine::Runtime::Start(g_settings, with_inheritance, &runtime, &text)) {
     Fail(-error, text.text);
     return -error;
   }
@@ -151,7 +156,7 @@ int WakeInherited() {
   State& s = state();
   if (int error = StartRuntime(s.options)) return error;
   s.inherited.store(false, std::memory_order_release);
-  s.runtime.load(std::memory_order_relaxed)->Inherit(g_inheritance);
+  s.runtime.load(std::memory_order_relaxed)->InheritRegions();
   return 0;
 }
 

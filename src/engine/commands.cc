@@ -11,6 +11,7 @@ namespace ksmu::engine {
 namespace {
 constexpr std::uint64_t kMemoryReserve = std::uint64_t{64} << 20;  // left free while unmerging
 constexpr std::size_t kPopulatePages = 64;
+constexpr std::uint64_t kCheapAttributes = 2'000'000;  // ns
 
 // Calls f(part, mapping) for each mapped part of the span; returns true if there were holes.
 template <typename F>
@@ -49,6 +50,8 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
       if (int error = UnmergeRange(old, old.span())) return error;
     }
   }
+  // Memory may have been locked a moment ago; but where reading costs much, not for every single call.
+  if (attributes_cost_ < kCheapAttributes) RefreshAttributes();
   bool any = false, ineligible = false, foreign = false;
   int failure = 0;
   const bool holes = ForEachMapping(system_, span, [&](Span part, const os::Mapping& mapping) {
@@ -57,17 +60,9 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
     bool eligible = ours || IsInherited(mapping) || (mapping.anonymous && !mapping.shared && !mapping.stack && !mapping.heap && !mapping.special);
     if (part.end() > PageTable::kLimit) eligible = false;
     if (eligible && mapping.anonymous) {
-      struct Cookie {
-        bool bad = false;
-      } cookie;
-      system_.ReadAttributes(
-          part,
-          [](void* c, const os::AttributedMapping& m) {
-            const os::Attributes& a = m.attributes;
-            if (a.locked || a.hugetlb || a.pfn_map || a.grows_down || a.sealed) static_cast<Cookie*>(c)->bad = true;
-          },
-          &cookie);
-      eligible = !cookie.bad;
+      Address until = 0;
+      const os::Attributes a = FindAttributes(part.start, &until);
+      eligible = !(a.locked || a.hugetlb || a.pfn_map || a.grows_down || a.sealed);
     }
     if (!eligible) {
       ineligible = true;
@@ -113,7 +108,6 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
       }
     }
   });
-  attributes_until_ = 0;
   if (failure) return failure == -ENOMEM || failure == -EAGAIN ? -ENOMEM : failure;
   if (any) return holes ? -ENOMEM : 0;
   if (foreign) return -EBUSY;
@@ -173,9 +167,9 @@ int Engine::UnmergeRun(const Region& region, Span run) {
     // Not writable at the moment (PROT_NONE, PROT_READ), or the populating was refused: replace what is left.
     Address end = a;
     while (end < run.end() && table_.Load(end).state() == PageState::kMerged) end += page_;
+    const int unknown = system_.QueryMapping(a, &mapping);
+    if (!unknown && mapping.start <= a) end = std::min(end, mapping.end);
     if (int failed = Detach(region, {a, end - a}, PageState::kMerged)) {
-      os::Mapping mapping;
-      const int unknown = system_.QueryMapping(a, &mapping);
       AwaitForks();
       if (move_count_.load(std::memory_order_acquire)) return -EAGAIN;
       if (unknown == -ENOENT || (!unknown && (mapping.start > a || !pool_.Shows(mapping, a, table_.Load(a).value())))) {
@@ -432,7 +426,7 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   ApplyMoves();
   gate_.Repair();
   mappings_at_pass_ = 0;
-  attributes_until_ = 0;
+  if (attributes_cost_ < kCheapAttributes) attributes_until_ = 0;
   // Pages that went back to anonymous memory on the way are merged by another round.
   std::int64_t detached = -1;
   for (int round = 0; round < 3 && detached != counters_.detached.load(std::memory_order_relaxed); ++round) {

@@ -76,6 +76,11 @@ class Engine {
   // What must be done also when scanning is off: repairs, moved ranges, frames to be reclaimed. True: call again soon.
   bool Housekeeping();
   bool ReclaimDue() const { return pool_.ReclaimDue(); }
+  // Gives back what can be; true if something still waits for a child.
+  bool ReclaimNow() {
+    pool_.Reclaim(&Engine::ForgetFrame, this);
+    return pool_.ReclaimDue();
+  }
 
   // --- events ------------------------------------------------------------------------------------------------------
   // Reads and answers whatever is pending on the breakers and the children. Event thread.
@@ -234,7 +239,7 @@ class Engine {
   Address* zeros_ = nullptr;
   std::size_t zeros_size_ = 0;
   base::OwnVector<os::AttributedMapping> attributes_;
-  std::uint64_t attributes_until_ = 0;
+  std::uint64_t attributes_until_ = 0, attributes_cost_ = 0;
   base::OwnVector<Address> unwaitable_;  // sorted page addresses
   std::uint64_t unwaitable_at_ = 0;
   bool no_pins_ = false;          // answer of the last look at the descriptors

@@ -274,9 +274,11 @@ void Engine::ServeHold(Child* child) {
       // A frame, which the child's fault maps, or nothing: to read it here would be a fault for this thread to answer.
       else if (marked || held_moved_[i] || page.state() != PageState::kBroken) continue;
     }
-    if (system_.ReadProgram(where, event_scratch_, page_) != page_) continue;
     for (int attempt = 0; attempt < 100; ++attempt) {
-      if (system_.Copy(child->context, a, event_scratch_, page_, true).error != -EAGAIN) break;
+      if (system_.ReadProgram(where, event_scratch_, page_) == page_) {
+        const int error = system_.Copy(child->context, a, event_scratch_, page_, true).error;
+        if (error != -EAGAIN && error != -ENOMEM) break;
+      }
       HandleContext(child->context, child);  // it is discarding, moving or forking already
       if (child->discards.Contains(a, shift) && !marked) break;
       system_.Yield();

@@ -225,6 +225,13 @@ bool Gate::Repair() {
     int error;
     if (r.context == os::kGate) {
       error = system_.Unregister(os::kGate, r.span);
+      if (error == -EINVAL) {
+        // Part of it is another context's by now, which refuses the whole: each page for itself.
+        error = 0;
+        for (std::size_t done = 0; done < r.span.bytes; done += page_) {
+          if (system_.Unregister(os::kGate, {r.span.start + done, page_}) == -ENOMEM) error = -ENOMEM;
+        }
+      }
       run_ = r.span;
       pages_ = 0;
       Drain();

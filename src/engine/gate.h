@@ -63,6 +63,13 @@ class Gate {
   // Registrations that failed: tried again; true when none is left.
   bool Repair();
   bool NeedsRepair() const { return !repairs_.empty(); }
+  // A gate could not be taken back yet: whoever reads what is missing in it waits, the scanner too.
+  bool LeftShut() const {
+    for (const Registration& r : repairs_) {
+      if (r.context == os::kGate) return true;
+    }
+    return false;
+  }
   void AddRepair(Span span, os::Context context, std::uint32_t modes) { repairs_.push_back({span, context, modes}); }
 
  private:

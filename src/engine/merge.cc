@@ -34,21 +34,19 @@ bool Engine::BudgetAllows() const {
 void Engine::RefreshAttributes() {
   attributes_.clear();
   const std::uint64_t begun = system_.NowNanoseconds();
-  if (regions_.size()) {
-    const Address start = regions_[0].start, end = regions_[regions_.size() - 1].end;
-    system_.ReadAttributes(
-        {start, end - start},
-        [](void* cookie, const os::AttributedMapping& m) {
-          const os::Attributes& a = m.attributes;
-          if (a.dont_fork || a.dont_dump || a.huge_page || a.no_huge_page || a.wipe_on_fork || a.locked || a.mergeable ||
-              a.sealed || a.hugetlb || a.pfn_map || a.grows_down || a.protection_key) {
-            static_cast<base::OwnVector<os::AttributedMapping>*>(cookie)->push_back(m);
-          }
-        },
-        &attributes_);
-  }
+  system_.ReadAttributes(
+      {0, PageTable::kLimit},
+      [](void* cookie, const os::AttributedMapping& m) {
+        const os::Attributes& a = m.attributes;
+        if (a.dont_fork || a.dont_dump || a.huge_page || a.no_huge_page || a.wipe_on_fork || a.locked || a.mergeable ||
+            a.sealed || a.hugetlb || a.pfn_map || a.grows_down || a.protection_key) {
+          static_cast<base::OwnVector<os::AttributedMapping>*>(cookie)->push_back(m);
+        }
+      },
+      &attributes_);
   const std::uint64_t now = system_.NowNanoseconds();
-  attributes_until_ = now + std::max(kAttributesLive, 50 * (now - begun));
+  attributes_cost_ = now - begun;
+  attributes_until_ = now + std::max(kAttributesLive, 50 * attributes_cost_);
 }
 
 // The attributes at an address, as they were when smaps was read last; *until: how far they reach.
@@ -325,6 +323,7 @@ Reason Engine::WhyNotTaken(Address page, int error, Span rest, bool* healed) {
   if (sharing[0] == os::Sharing::kShared) return Reason::kChild;
   if (sharing[0] == os::Sharing::kAbsent) return Reason::kNone;
   if (known.healed()) return Reason::kPinned;  // healed before, and still not to be had
+  if (gate_.LeftShut()) return Reason::kNone;
   // One fork takes "exclusive" off every page, for ever, also when the child has long gone; a write brings it back.
   for (std::size_t i = 0; i < count;) {
     std::size_t end = i;

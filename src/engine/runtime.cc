@@ -14,6 +14,7 @@ constexpr std::int64_t kFirstPassSleep = 100 * kMillisecond;  // the interval in
 constexpr std::int64_t kLongestPassSleep = 2000 * kMillisecond;
 constexpr int kScannerNice = 5;
 constexpr int kEventWaitMs = 1000;
+constexpr int kStopPatience = 200;  // times 10 ms
 }  // namespace
 
 int Runtime::Start(const Settings& settings, const RuntimeOptions& options, Runtime** out, os::ErrorText* error) {
@@ -71,6 +72,7 @@ int Runtime::OpenEngine(os::ErrorText* error) {
     return -ENOMEM;
   }
   engine_ = new (memory) Engine(*system_, settings_, os::Entropy());
+  engine_->SetInherited(options_.inheritance->files.data(), options_.inheritance->file_count);
   int result = engine_->Start();
   if (result) error->Set("no memory for the library's own data");
   if (!result && (result = os::StartThread(&event_, &Runtime::EventMain, this))) {
@@ -196,6 +198,8 @@ bool Runtime::RunCommands() {
       end_events_.store(true, std::memory_order_release);
       system_->Notify();
       os::JoinThread(event_);
+      options_.inheritance->KeepFiles(*engine_);
+      options_.inheritance->file_count = options_.inheritance->child_file_count;
       CloseEngine();
     }
     Answer(oldest);
@@ -264,6 +268,11 @@ void Runtime::Run(Command* command, Slot* slot) {
       break;
     case Command::kStop:
       command->result = engine.UnmergeAll(true);
+      // Frames that a child may still map cannot be given up, and show through raw discards once nobody watches: a child
+      // that is about to exit is waited for. With one that stays, see docs/limits.md.
+      for (int i = 0; command->result == 0 && i < kStopPatience && engine.ReclaimNow(); ++i) {
+        os::FutexWait(&end_, 0, 10 * kMillisecond);
+      }
       break;
     case Command::kStats: {
       auto& g = command->gauges;
@@ -329,11 +338,12 @@ void Runtime::Park() {
   } while (pause_.load(std::memory_order_seq_cst) != 0);
 }
 
-void Runtime::Pause(Inheritance* inheritance) {
+void Runtime::Pause() {
+  Inheritance* inheritance = options_.inheritance;
   pause_.fetch_add(1, std::memory_order_seq_cst);
   Nudge();
   while (parked_.load(std::memory_order_seq_cst) == 0) os::FutexWait(&parked_, 0, 100 * kMillisecond);
-  inheritance->region_count = inheritance->file_count = 0;
+  inheritance->region_count = 0;
   if (!engine_) return;  // it has just ended
   const RegionList& regions = engine_->regions();
   for (std::size_t i = 0; i < regions.size() && inheritance->region_count < Inheritance::kMaxRegions; ++i) {
@@ -341,7 +351,7 @@ void Runtime::Pause(Inheritance* inheritance) {
     if (r.kind != Region::kMergeable) continue;
     inheritance->regions[inheritance->region_count++] = {r.start, r.end, r.promise, r.sync_break, r.owned};
   }
-  inheritance->file_count = engine_->PoolFiles(inheritance->files.data(), Inheritance::kMaxFiles);
+  inheritance->KeepFiles(*engine_);
 }
 
 void Runtime::Resume() {
@@ -349,8 +359,8 @@ void Runtime::Resume() {
   os::FutexWake(&pause_, INT_MAX);
 }
 
-void Runtime::Inherit(const Inheritance& inheritance) {
-  engine_->SetInherited(inheritance.files.data(), inheritance.file_count);
+void Runtime::InheritRegions() {
+  const Inheritance& inheritance = *options_.inheritance;
   for (std::size_t i = 0; i < inheritance.region_count; ++i) {
     const Inheritance::Entry& entry = inheritance.regions[i];
     Command command;

@@ -26,23 +26,30 @@ struct Settings : Tunables {
   std::atomic<std::int64_t> cpu_limit_percent{10};
 };
 
-struct RuntimeOptions {
-  bool user_mode_only = false;
-  char cpus[128] = {};  // "": all
-  void (*log)(int level, const char* message, void* cookie) = nullptr;
-  void* log_cookie = nullptr;
-};
-
-// What a forked child needs to know of its parent's engine; kept where a child finds it.
+// What an engine leaves behind for those after it, in this process or in a forked child; kept where a child finds it.
 struct Inheritance {
   static constexpr std::size_t kMaxRegions = 4096, kMaxFiles = 256;
   struct Entry {
     Address start, end;
     bool promise, sync_break, owned;
   };
-  std::size_t region_count = 0, file_count = 0;
+  std::size_t region_count = 0;
   std::array<Entry, kMaxRegions> regions;
+  // Pool files of engines that are no more, or not here: the parent's, and those of this process that were stopped. Pages
+  // may lie in their mappings still. The first `file_count` are known; a forked child knows `child_file_count`.
+  std::size_t file_count = 0, child_file_count = 0;
   std::array<os::File, kMaxFiles> files;
+  void KeepFiles(const Engine& engine) {
+    child_file_count = file_count + engine.PoolFiles(files.data() + file_count, kMaxFiles - file_count);
+  }
+};
+
+struct RuntimeOptions {
+  bool user_mode_only = false;
+  char cpus[128] = {};  // "": all
+  void (*log)(int level, const char* message, void* cookie) = nullptr;
+  void* log_cookie = nullptr;
+  Inheritance* inheritance = nullptr;  // never nullptr
 };
 
 struct Command {
@@ -76,11 +83,11 @@ class Runtime {
   void Execute(Command* command);
 
   // fork: the scanner comes to rest between two steps, with no merge in hand, until Resume. The event thread goes on.
-  void Pause(Inheritance* inheritance);
+  void Pause();
   void Resume();
   void TunableChanged();
   // In a child: what it has inherited. Before anything else.
-  void Inherit(const Inheritance& inheritance);
+  void InheritRegions();
 
  private:
   static constexpr std::size_t kSlots = 64;
@@ -121,6 +128,7 @@ class Runtime {
   std::atomic<bool> stopping_{false};
   std::atomic<std::uint32_t> pause_{0}, parked_{0};
   std::atomic<bool> end_events_{false};
+  std::atomic<std::uint32_t> end_{0};  // never changes: something to wait on for a while
 
   // Pacing.
   std::int64_t pass_sleep_ns_ = 0;

@@ -102,6 +102,7 @@ bool Engine::Housekeeping() {
 std::size_t Engine::Sweep(const Region& region, Address from, Address to, bool now, Address* swept_to) {
   now_ = now;
   *swept_to = to;
+  if (gate_.LeftShut() && !gate_.Repair() && gate_.LeftShut()) return 0;
   if (!now) {
     // Segments that keep being written are not armed for a while, so that the program does not pay for being watched.
     Segment* segment = table_.NextSegment(from);

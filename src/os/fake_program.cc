@@ -12,7 +12,7 @@ using fake::Pte;
 using fake::Vma;
 
 namespace {
-constexpr int kPatience = 256;
+constexpr int kPatience = 4096;
 constexpr std::size_t kFaultAround = 16;  // pages
 }  // namespace
 

@@ -160,7 +160,7 @@ int FakeSystem::Discard(Span span) {
   for (int i = 0; t.busy;) {
     if (t.waiter.state == Waiter::kRunning) {
       StepDiscard(t);
-    } else if (++i < 256 && hooks.other_thread) {
+    } else if (++i < 4096 && hooks.other_thread) {
       hooks.other_thread();
     } else {
       Violation("Discard waits for ever for its event to be read");

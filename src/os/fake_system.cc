@@ -12,7 +12,7 @@ using fake::Pte;
 using fake::Vma;
 
 namespace {
-constexpr int kPatience = 256;  // rounds of the other thread before the library is said to hang
+constexpr int kPatience = 4096;  // rounds of the other thread before the library is said to hang
 }
 
 FakeSystem::FakeSystem(const FakeOptions& options)

@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "os/pool_file.h"
 #include "os/raw.h"
 #include "os/text.h"
 #include "os/uapi.h"
@@ -168,6 +169,38 @@ int Mappings::QueryText(Address address, Mapping* out) const {
     if (out->end > address && name != "[vsyscall]") return 0;
   }
   return lines.error() ? lines.error() : -ENOENT;
+}
+
+int Mappings::QueryFrames(Address address, Mapping* out, bool* frames) const {
+  *frames = false;
+  if (int error = Query(address, out)) return error;
+  if (out->anonymous || out->shared) return 0;
+  if (!has_query_) {
+    ScopedFd fd(OpenText("/proc/self/maps"));
+    if (fd.get() < 0) return fd.get();
+    char buffer[kTextBuffer];
+    LineReader lines(fd.get(), buffer, sizeof buffer);
+    std::string_view line, name;
+    Mapping mapping;
+    while (lines.Next(&line)) {
+      if (!ParseMapsLine(line, &mapping, &name) || mapping.start != out->start) continue;
+      *frames = name.substr(0, kPoolFileLinkPrefix.size()) == kPoolFileLinkPrefix;
+      return 0;
+    }
+    return lines.error() ? lines.error() : -ENOENT;
+  }
+  char name[64];
+  uapi::ProcmapQuery query{};
+  query.size = sizeof query;
+  query.query_flags = uapi::kProcmapCoveringOrNext;
+  query.query_addr = address;
+  query.vma_name_addr = reinterpret_cast<std::uint64_t>(name);
+  query.vma_name_size = sizeof name;
+  const int error = raw::Repeat([&] { return ioctl(fd_, uapi::kIocProcmapQuery, &query); });
+  if (error == -ENAMETOOLONG || error == -E2BIG) return 0;  // ours is short
+  if (error < 0) return error;
+  *frames = std::string_view(name, query.vma_name_size).substr(0, kPoolFileLinkPrefix.size()) == kPoolFileLinkPrefix;
+  return 0;
 }
 
 int Mappings::Query(Address address, Mapping* out) const {

@@ -22,6 +22,8 @@ class Mappings {
   void ForgetQuery() { has_query_ = false; }  // for tests of the fall-back
 
   int Query(Address address, Mapping* out) const;
+  // As Query, and whether the mapping is one of a pool file, of this process's library or of its parent's: by its name.
+  int QueryFrames(Address address, Mapping* out, bool* frames) const;
   int ReadAttributes(Span span, void (*each)(void* cookie, const AttributedMapping&), void* cookie) const;
   std::size_t Count() const;
   static std::size_t Max();

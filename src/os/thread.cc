@@ -88,24 +88,29 @@ std::uint64_t Entropy() {
 
 int DiscardWithoutEngine(Span span) {
   if (int error = raw::Madvise(span.start, span.bytes, MADV_DONTNEED)) return error;
-  const int fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
-  if (fd < 0) return -errno;
-  char buffer[4096];
-  LineReader lines(fd, buffer, sizeof buffer);
-  std::string_view line, name;
-  int error = 0;
-  while (!error && lines.Next(&line)) {
+  for (Address at = span.start; at < span.end();) {
     Mapping mapping;
-    if (!ParseMapsLine(line, &mapping, &name) || mapping.end <= span.start) continue;
-    if (mapping.start >= span.end()) break;
-    if (mapping.shared || name.substr(0, kPoolFileLinkPrefix.size()) != kPoolFileLinkPrefix) continue;
-    const Address start = std::max(span.start, mapping.start), end = std::min(span.end(), mapping.end);
-    const int prot = (mapping.readable ? PROT_READ : 0) | (mapping.writable ? PROT_WRITE : 0) | (mapping.executable ? PROT_EXEC : 0);
-    Address at;
-    error = raw::Mmap(start, end - start, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0, &at);
+    bool frames = false;
+    // With a descriptor of the program's table, which another thread may be closing: then it is tried again.
+    int error = -EBADF;
+    for (int attempt = 0; attempt < 1000 && error && error != -ENOENT; ++attempt) {
+      Mappings mappings;
+      if ((error = mappings.Open()) == 0) error = mappings.QueryFrames(at, &mapping, &frames);
+      mappings.Close();
+      if (error && attempt > 10) sched_yield();
+    }
+    if (error == -ENOENT || (!error && mapping.start >= span.end())) return 0;
+    if (error) return error;
+    const Address start = std::max(at, mapping.start), end = std::min(span.end(), mapping.end);
+    if (frames) {
+      const int prot = (mapping.readable ? PROT_READ : 0) | (mapping.writable ? PROT_WRITE : 0) | (mapping.executable ? PROT_EXEC : 0);
+      Address placed;
+      error = raw::Mmap(start, end - start, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0, &placed);
+      if (error) return error;
+    }
+    at = end;
   }
-  close(fd);
-  return error;
+  return 0;
 }
 
 int MapForProgram(std::size_t bytes, Address* out) {
