@@ -3,6 +3,7 @@
 //
 //   model_test --seed=N [--verbose]      one run
 //   model_test --seeds=N [--from=M]      many
+//   model_test --seeds=N --refused=CALL  with a call that always fails
 //   model_test --trace=FILE [--verbose]  a run that was written down
 //   model_test --minimise=N              makes a failing seed smaller and prints it
 #include <gtest/gtest.h>
@@ -33,6 +34,14 @@ constexpr bool kFibers = true;
 
 Result RunSeed(std::uint64_t seed, const os::FakeLies& lies = {}, bool verbose = false) {
   return World::Run(Generate(seed), false, lies, verbose);
+}
+
+// With a call that is always refused, as by a seccomp filter.
+Result RunRefused(std::uint64_t seed, const std::string& call) {
+  Trace trace = Generate(seed);
+  trace.config.refused = call;
+  trace.config.fail_percent = 0;
+  return World::Run(trace, false);
 }
 
 // What kind of failure it is: the message without its numbers.
@@ -171,6 +180,7 @@ int main(int argc, char** argv) {
   testing::InitGoogleTest(&argc, argv);
   std::uint64_t seed = 0, seeds = 0, from = 1, minimise = 0;
   std::string file;
+  std::string refused;
   bool verbose = false;
   for (int i = 1; i < argc; ++i) {
     const std::string a = argv[i];
@@ -180,6 +190,7 @@ int main(int argc, char** argv) {
     if (a.rfind("--from=", 0) == 0) from = number();
     if (a.rfind("--minimise=", 0) == 0) minimise = number();
     if (a.rfind("--trace=", 0) == 0) file = a.substr(8);
+    if (a.rfind("--refused=", 0) == 0) refused = a.substr(10);
     if (a == "--verbose") verbose = true;
   }
   if (minimise != 0) {
@@ -210,7 +221,7 @@ int main(int argc, char** argv) {
     int failed = 0;
     Tally tally;
     for (std::uint64_t s = from; s < from + seeds; ++s) {
-      const Result result = RunSeed(s);
+      const Result result = refused.empty() ? RunSeed(s) : RunRefused(s, refused);
       tally.Add(result.tally);
       if (!result.failed) continue;
       ++failed;

@@ -498,7 +498,7 @@ const std::vector<Disturbance>& Disturbances() {
       {"close_range", CloseEverything, nullptr, EndCloseEverything, nullptr, false},
       {"stop", Stop, nullptr, nullptr, nullptr, false},
       {"no_address_space", NoAddressSpace, PrepareNoAddressSpace, EndNoAddressSpace, nullptr, true},
-      {"no_descriptors", NoDescriptors, nullptr, EndNoDescriptors, nullptr, true},
+      {"no_descriptors", NoDescriptors, nullptr, EndNoDescriptors, nullptr, true},  // not with fork: docs/limits.md
       {"no_file_size", NoFileSize, nullptr, EndNoFileSize, nullptr, true},
       {"thread_exit", ThreadExits, nullptr, nullptr, nullptr, false},
       {"exit_word", ExitWordCleared, PrepareExitWord, nullptr, nullptr, false},

@@ -191,16 +191,16 @@ int ksmu_advise(void* addr, size_t length, int advice) {
   if (!MakeSpan(addr, length, &span)) return -1;
   if (span.bytes == 0) return keep.Succeed();
 
-  if (plain == KSMU_DISCARD && InRawChild()) {
-    if (int error = os::DiscardWithoutEngine(span)) return Fail(-error, "the kernel refused the discard");
+  const auto discard = [&]() {
+    const int error = InRawChild() ? os::DiscardWithoutEngine(span) : HasLeftovers() ? os::DiscardAfterStop(span) : os::DiscardPlainly(span);
+    if (error) return Fail(-error, "the kernel refused the discard");
     return keep.Succeed();
-  }
+  };
+  if (plain == KSMU_DISCARD && InRawChild()) return discard();
   Use use(plain == KSMU_MERGEABLE ? Use::kStart : Use::kWake);
   if (use.error()) return -1;
   if (!use.runtime()) {
-    if (plain != KSMU_DISCARD) return keep.Succeed();  // there are no regions
-    if (int error = os::DiscardWithoutEngine(span)) return Fail(-error, "the kernel refused the discard");
-    return keep.Succeed();
+    return plain == KSMU_DISCARD ? discard() : keep.Succeed();  // there are no regions
   }
   Command command;
   command.span = span;
@@ -211,7 +211,7 @@ int ksmu_advise(void* addr, size_t length, int advice) {
   command.promise = flags & KSMU_F_NO_RAW_DISCARDS;
   command.sync_break = flags & KSMU_F_SYNC_BREAK;
   use.runtime()->Execute(&command);
-  if (command.result == -EAGAIN && command.kind == Command::kDiscard) command.result = os::DiscardWithoutEngine(span);
+  if (command.result == -EAGAIN && command.kind == Command::kDiscard) return discard();
   return Finish(keep, command);
 }
 

@@ -177,6 +177,7 @@ int Fail(int error, const char* sentence) {
 
 const char* LastError() { return t_last_error; }
 engine::Settings& settings() { return g_settings; }
+bool HasLeftovers() { return g_inheritance.file_count != 0; }
 std::int64_t Starts() { return state().starts_total; }
 bool InRawChild() { return state().pid.load(std::memory_order_relaxed) != os::ProcessId(); }
 

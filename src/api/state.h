@@ -36,6 +36,8 @@ class Use {
 // True in a child made by a raw clone, in which threads cannot be started safely and the tables are not there.
 bool InRawChild();
 std::int64_t Starts();
+// True if pages may lie in the pool mappings of an engine that has been stopped, or of a parent's.
+bool HasLeftovers();
 
 // The environment's value of a tunable's variable.
 struct Tunable {

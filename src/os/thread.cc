@@ -14,6 +14,7 @@
 
 #include "os/mappings.h"
 #include "os/pool_file.h"
+#include "os/process.h"
 #include "os/raw.h"
 
 namespace ksmu::os {
@@ -112,6 +113,28 @@ int DiscardWithoutEngine(Span span) {
   }
   return 0;
 }
+
+int DiscardAfterStop(Span span) {
+  struct Work {
+    Span span;
+    int result;
+  } work{span, 0};
+  pthread_t thread;
+  const int error = StartThread(
+      &thread,
+      [](void* argument) -> void* {
+        auto* w = static_cast<Work*>(argument);
+        w->result = UnshareDescriptors();
+        if (!w->result) w->result = DiscardWithoutEngine(w->span);
+        return nullptr;
+      },
+      &work);
+  if (error) return DiscardWithoutEngine(span);
+  JoinThread(thread);
+  return work.result;
+}
+
+int DiscardPlainly(Span span) { return raw::Madvise(span.start, span.bytes, MADV_DONTNEED); }
 
 int MapForProgram(std::size_t bytes, Address* out) {
   return raw::Mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, out);
