@@ -502,6 +502,35 @@ TEST_F(FakeTest, ForkEventHandsOutTheChildsContext) {
   sys->CloseContext(e.child);
 }
 
+TEST_F(FakeTest, ClosingAContextLetsEverybodyGoOnAndDropsUnreadForks) {
+  const File f = NewFile(2, 10);
+  Attach(f, 0, 2);
+  EXPECT_FALSE(sys->Run(t, {.kind = Op::kFork}));
+  const Event e = One(kBreaker);
+  Resume(t);
+  const ThreadId c = sys->AddThread(sys->Outcome(t).child);
+  const ThreadId d = sys->AddThread(sys->Outcome(t).child);
+  EXPECT_FALSE(sys->Run(c, {.kind = Op::kFork}));  // a grandchild, whose event nobody reads
+  EXPECT_FALSE(sys->Run(d, {.kind = Op::kDiscard, .address = P(0), .bytes = kPage}));
+  sys->CloseContext(e.child);
+  Resume(c);
+  Resume(d);
+  EXPECT_TRUE(sys->Outcome(c).done);
+  EXPECT_TRUE(sys->Outcome(d).done);
+  EXPECT_EQ(sys->RegisteredPages(e.child), 0u);
+  const ThreadId g = sys->AddThread(sys->Outcome(c).child);
+  EXPECT_TRUE(sys->Run(g, {.kind = Op::kDiscard, .address = P(1), .bytes = kPage}));  // under no context
+}
+
+TEST_F(FakeTest, PinsAreKnown) {
+  Write(P(0), 1);
+  EXPECT_TRUE(sys->NoLongTermPins());
+  sys->Run(t, {.kind = Op::kPin, .address = P(0), .write = true});
+  EXPECT_FALSE(sys->NoLongTermPins());
+  sys->Unpin(sys->Outcome(t).pin);
+  EXPECT_TRUE(sys->NoLongTermPins());
+}
+
 TEST_F(FakeTest, WithoutTheForkEventTheChildIsUnregisteredAndMarksAreGone) {
   FakeOptions options;
   options.fork_events = false;

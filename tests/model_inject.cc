@@ -19,17 +19,39 @@ struct Failure {
 };
 // The contract's error values, those of memory and of the map limit above all.
 constexpr Failure kFailures[] = {
-    {"Register", ENOMEM, true},       {"Unregister", ENOMEM, false},   {"WriteProtect", EAGAIN, false},
-    {"WriteUnprotect", EAGAIN, false}, {"Continue", EAGAIN, true},     {"Continue", ENOMEM, true},
-    {"Move", EBUSY, true},            {"Move", EAGAIN, true},          {"Move", ENOMEM, true},
-    {"Copy", ENOMEM, true},           {"Copy", EAGAIN, true},          {"ZeroPage", EAGAIN, true},
-    {"ZeroPage", ENOMEM, true},       {"PopulateWrite", ENOMEM, false}, {"ApplyAttributes", ENOMEM, false},
-    {"MapFrames", ENOMEM, false},     {"MapAnonymous", ENOMEM, false}, {"MoveMapping", ENOMEM, false},
-    {"MoveMapping", EPERM, false},    {"TakePages", ENOMEM, false},    {"TakePages", EPERM, false},
-    {"Unmap", ENOMEM, false},         {"Protect", ENOMEM, false},      {"CreateFile", EMFILE, false},
-    {"CreateFile", ENOMEM, false},    {"WriteFile", ENOMEM, false},    {"PunchFile", ENOMEM, false},
-    {"MapFile", ENOMEM, false},       {"Scan", ENOMEM, false},         {"ReadSharing", ENOMEM, false},
-    {"ReadProgram", EFAULT, true},    {"QueryMapping", ENOMEM, false}, {"ReadAttributes", ENOMEM, false},
+    {"Register", ENOMEM, true},
+    {"Unregister", ENOMEM, false},
+    {"WriteProtect", EAGAIN, false},
+    {"WriteUnprotect", EAGAIN, false},
+    {"Continue", EAGAIN, true},
+    {"Continue", ENOMEM, true},
+    {"Move", EBUSY, true},
+    {"Move", EAGAIN, true},
+    {"Move", ENOMEM, true},
+    {"Copy", ENOMEM, true},
+    {"Copy", EAGAIN, true},
+    {"ZeroPage", EAGAIN, true},
+    {"ZeroPage", ENOMEM, true},
+    {"PopulateWrite", ENOMEM, false},
+    {"ApplyAttributes", ENOMEM, false},
+    {"MapFrames", ENOMEM, false},
+    {"MapAnonymous", ENOMEM, false},
+    {"MoveMapping", ENOMEM, false},
+    {"MoveMapping", EPERM, false},
+    {"TakePages", ENOMEM, false},
+    {"TakePages", EPERM, false},
+    {"Unmap", ENOMEM, false},
+    {"Protect", ENOMEM, false},
+    {"CreateFile", EMFILE, false},
+    {"CreateFile", ENOMEM, false},
+    {"WriteFile", ENOMEM, false},
+    {"PunchFile", ENOMEM, false},
+    {"MapFile", ENOMEM, false},
+    {"Scan", ENOMEM, false},
+    {"ReadSharing", ENOMEM, false},
+    {"ReadProgram", EFAULT, true},
+    {"QueryMapping", ENOMEM, false},
+    {"ReadAttributes", ENOMEM, false},
 };
 constexpr int kFailureCount = static_cast<int>(sizeof kFailures / sizeof kFailures[0]);
 
@@ -51,7 +73,8 @@ int World::Boundary(os::FakeCall& call, bool after) {
                 call.span.bytes / page_size_, static_cast<std::size_t>(call.other));
   }
   int error = 0;
-  if (!trace_.config.refused.empty() && trace_.config.refused == call.name && !after && fibers_) error = -EPERM;
+  const bool from_here = op_ < 0 ? fibers_ && started_ : op_ >= trace_.config.refused_from;
+  if (!after && from_here && trace_.config.refused == call.name) error = -EPERM;
   if (settling_ || result_.failed) return error;
   const int op = op_;  // the event thread can be interrupted here, and go on in a later operation
   const int occurrence = after ? occurrences_[{event_thread, call.name}]++ : occurrences_[{event_thread, call.name}];
@@ -105,10 +128,10 @@ bool World::MakeUp(Action* action, const os::FakeCall& call) {
   if (r < 30) {
     action->kind = ActionKind::kStart;
     action->a = Pick(static_cast<int>(slots_.size()));
-    static constexpr ProgramKind kinds[] = {ProgramKind::kRead,       ProgramKind::kRead,    ProgramKind::kFill,
-                                            ProgramKind::kPoke,       ProgramKind::kPoke,    ProgramKind::kDirectPoke,
-                                            ProgramKind::kDiscard,    ProgramKind::kDiscard, ProgramKind::kFork,
-                                            ProgramKind::kPinWrite,   ProgramKind::kPinRead, ProgramKind::kSwapOut,
+    static constexpr ProgramKind kinds[] = {ProgramKind::kRead,     ProgramKind::kRead,    ProgramKind::kFill,
+                                            ProgramKind::kPoke,     ProgramKind::kPoke,    ProgramKind::kDirectPoke,
+                                            ProgramKind::kDiscard,  ProgramKind::kDiscard, ProgramKind::kFork,
+                                            ProgramKind::kPinWrite, ProgramKind::kPinRead, ProgramKind::kSwapOut,
                                             ProgramKind::kProtect};
     action->b = static_cast<int>(kinds[Pick(13)]);
     // Half of the time what the call is about.
@@ -148,14 +171,17 @@ int World::Apply(const Action& action, os::FakeCall& call) {
       ++result_.tally.failures;
       call.do_first = static_cast<std::size_t>(action.b) * page_size_;
       return -action.a;
-    case ActionKind::kShort: call.do_only = static_cast<std::size_t>(action.a) * page_size_; return 0;
+    case ActionKind::kShort:
+      call.do_only = static_cast<std::size_t>(action.a) * page_size_;
+      return 0;
     case ActionKind::kEvents:
       if (!fibers_->in_events()) fibers_->RunEvents();
       return 0;
     case ActionKind::kBack:
       if (fibers_->in_events() && in_call_) fibers_->Interrupt();
       return 0;
-    case ActionKind::kCount: break;
+    case ActionKind::kCount:
+      break;
   }
   return 0;
 }

@@ -31,23 +31,25 @@ bool Shrink(std::vector<T>* whole, const std::function<bool(const std::vector<T>
 
 Trace Minimise(Trace trace, const std::function<bool(const Trace&)>& fails, int budget) {
   for (bool again = true; again && budget > 0;) {
-    again = Shrink<Op>(&trace.ops,
-                       [&](const std::vector<Op>& ops) {
-                         Trace t = trace;
-                         t.ops = ops;
-                         return fails(t);
-                       },
-                       &budget);
+    again = Shrink<Op>(
+        &trace.ops,
+        [&](const std::vector<Op>& ops) {
+          Trace t = trace;
+          t.ops = ops;
+          return fails(t);
+        },
+        &budget);
     std::erase_if(trace.actions, [&](const Action& a) {
       return a.op >= 0 && std::none_of(trace.ops.begin(), trace.ops.end(), [&](const Op& op) { return op.id == a.op; });
     });
-    again |= Shrink<Action>(&trace.actions,
-                            [&](const std::vector<Action>& actions) {
-                              Trace t = trace;
-                              t.actions = actions;
-                              return fails(t);
-                            },
-                            &budget);
+    again |= Shrink<Action>(
+        &trace.actions,
+        [&](const std::vector<Action>& actions) {
+          Trace t = trace;
+          t.actions = actions;
+          return fails(t);
+        },
+        &budget);
   }
   return trace;
 }

@@ -8,9 +8,12 @@ namespace ksmu::model {
 
 std::string Change::Apply(const std::string& before) const {
   switch (kind) {
-    case kFill: return std::string(before.size(), static_cast<char>(value));
-    case kZero: return std::string(before.size(), '\0');
-    case kPoke: break;
+    case kFill:
+      return std::string(before.size(), static_cast<char>(value));
+    case kZero:
+      return std::string(before.size(), '\0');
+    case kPoke:
+      break;
   }
   std::string after = before;
   after[offset] = static_cast<char>(value);

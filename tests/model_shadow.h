@@ -21,9 +21,9 @@ struct Change {
 };
 
 // A page that one thread writes while another one discards it should read as zeros or as what was written, and what was
-// there before should be gone. If the discarding thread is kept from the processor between the reading of its event and its
-// zap, for as long as the library takes to find the page written, take it out of its run and put it back, the zap misses
-// it, and the old bytes stay under what was written. The model allows that, for such pages only.
+// there before should be gone. If the discarding thread is kept from the processor between the reading of its event and
+// its zap, for as long as the library takes to find the page written, take it out of its run and put it back, the zap
+// misses it, and the old bytes stay under what was written. The model allows that, for such pages only.
 inline constexpr bool kRacedDiscardCanMiss = true;
 
 class ShadowPage {
@@ -32,10 +32,10 @@ class ShadowPage {
 
   // A change is under way; `id` is below 32 and not in flight on this page.
   void Begin(int id, const Change& change);
-  void End(int id);  // it has taken effect
-  void Undo(int id); // it has not, and will not (the access was refused)
+  void End(int id);             // it has taken effect
+  void Undo(int id);            // it has not, and will not (the access was refused)
   unsigned char Usual() const;  // the byte that it mostly contains
-  void AllowZero();  // it may also read as zeros
+  void AllowZero();             // it may also read as zeros
   bool InFlight() const { return !flying_.empty(); }
   bool InFlight(Change::Kind kind) const;
   // The program has seen this. False: it cannot be.

@@ -8,11 +8,11 @@ namespace ksmu::model {
 namespace {
 
 constexpr std::array<const char*, static_cast<std::size_t>(OpKind::kCount)> kOps = {
-    "advise", "unmerge",   "release",   "discard", "unmap",     "merge", "step",     "housekeeping", "unmerge-all", "events", "program",
-    "raw-unmap", "map-again", "unpin", "pin-write", "exit", "time",     "tunable",      "map-limit",   "pins-possible",
-    "memory"};
+    "advise",       "unmerge",     "release", "discard", "unmap",     "merge",         "step",
+    "housekeeping", "unmerge-all", "events",  "program", "raw-unmap", "map-again",     "unpin",
+    "pin-write",    "exit",        "time",    "tunable", "map-limit", "pins-possible", "memory"};
 constexpr std::array<const char*, static_cast<std::size_t>(ActionKind::kCount)> kActions = {"start", "step",   "fail",
-                                                                                          "short", "events", "back"};
+                                                                                            "short", "events", "back"};
 constexpr std::array<const char*, static_cast<std::size_t>(ProgramKind::kCount)> kPrograms = {
     "read", "fill", "poke", "direct-poke", "discard", "fork", "pin-write", "pin-read", "swap-out", "protect"};
 
@@ -59,12 +59,12 @@ std::string Trace::Text() const {
   std::ostringstream out;
   out << "config " << config.seed << ' ' << config.pages << ' ' << config.before_boundary << ' ' << config.fork_events
       << ' ' << config.forks << ' ' << config.raw_discards << ' ' << config.protects << ' ' << config.pins << ' '
-      << config.swap << ' ' << (config.refused.empty() ? "-" : config.refused) << '\n';
+      << config.swap << ' ' << (config.refused.empty() ? "-" : config.refused) << ' ' << config.refused_from << '\n';
   auto write_actions = [&](int id) {
     for (const Action& a : actions) {
       if (a.op != id) continue;
-      out << "  " << (a.event_thread ? "event" : "scan") << ' ' << (a.after ? "after" : "before") << ' ' << a.call << ' '
-          << a.occurrence << ' ' << kActions[static_cast<std::size_t>(a.kind)];
+      out << "  " << (a.event_thread ? "event" : "scan") << ' ' << (a.after ? "after" : "before") << ' ' << a.call
+          << ' ' << a.occurrence << ' ' << kActions[static_cast<std::size_t>(a.kind)];
       WriteArguments(out, a, a.kind == ActionKind::kStart);
     }
   };
@@ -93,6 +93,7 @@ bool Trace::Parse(const std::string& text, Trace* out, std::string* error) {
       Config& c = out->config;
       good = static_cast<bool>(in >> c.seed >> c.pages >> c.before_boundary >> c.fork_events >> c.forks >>
                                c.raw_discards >> c.protects >> c.pins >> c.swap >> c.refused);
+      in >> c.refused_from;
       if (c.refused == "-") c.refused.clear();
     } else if (word == "scan" || word == "event") {
       Action a;
@@ -171,9 +172,9 @@ Trace Generate(std::uint64_t seed) {
         add(OpKind::kStep, 2 + pick(2));
       }
     } else if (r < 30) {
-      static constexpr ProgramKind kinds[] = {ProgramKind::kFill,   ProgramKind::kFill,       ProgramKind::kPoke,
-                                              ProgramKind::kRead,   ProgramKind::kDirectPoke, ProgramKind::kDiscard,
-                                              ProgramKind::kFork,   ProgramKind::kPinWrite,   ProgramKind::kPinRead,
+      static constexpr ProgramKind kinds[] = {ProgramKind::kFill,    ProgramKind::kFill,       ProgramKind::kPoke,
+                                              ProgramKind::kRead,    ProgramKind::kDirectPoke, ProgramKind::kDiscard,
+                                              ProgramKind::kFork,    ProgramKind::kPinWrite,   ProgramKind::kPinRead,
                                               ProgramKind::kSwapOut, ProgramKind::kFill};
       program(kinds[pick(11)]);
     } else if (r < 55) {

@@ -1,5 +1,6 @@
 // A run of the model test, written down: what the program and the library do, one after the other, and what is put in
-// between the library's calls. A trace can be generated from a seed, recorded, replayed, made smaller, and kept as text.
+// between the library's calls. A trace can be generated from a seed, recorded, replayed, made smaller, and kept as
+// text.
 #pragma once
 
 #include <cstdint>
@@ -10,25 +11,25 @@ namespace ksmu::model {
 
 enum class OpKind : std::uint8_t {
   // The library, on the scanner's thread. a: first page, b: pages.
-  kAdvise,        // c: bit 0 promise, bit 1 synchronous breaks
+  kAdvise,  // c: bit 0 promise, bit 1 synchronous breaks
   kUnmerge,
   kRelease,
   kDiscard,
   kUnmap,
   kMerge,
-  kStep,          // a: times
+  kStep,  // a: times
   kHousekeeping,
   kUnmergeAll,
   // The event thread: a call of HandleEvents.
   kEvents,
   // The program: an operation is started on a thread and run as far as it goes. a: thread.
-  kProgram,       // b: ProgramKind, c: page, d: pages, e: value; a fill with -1: as it was before a poke
+  kProgram,  // b: ProgramKind, c: page, d: pages, e: value; a fill with -1: as it was before a poke
   // Raw system calls over memory that has been released. a: first page, b: pages.
   kRawUnmap,
   kMapAgain,
-  kUnpin,         // a: which of the live pins
-  kPinWrite,      // a: which, b: value
-  kExit,          // a: process
+  kUnpin,     // a: which of the live pins
+  kPinWrite,  // a: which, b: value
+  kExit,      // a: process
   // The surroundings.
   kTime,          // a: seconds
   kTunable,       // a: which, b: value
@@ -39,7 +40,17 @@ enum class OpKind : std::uint8_t {
 };
 
 enum class ProgramKind : std::uint8_t {
-  kRead, kFill, kPoke, kDirectPoke, kDiscard, kFork, kPinWrite, kPinRead, kSwapOut, kProtect, kCount,
+  kRead,
+  kFill,
+  kPoke,
+  kDirectPoke,
+  kDiscard,
+  kFork,
+  kPinWrite,
+  kPinRead,
+  kSwapOut,
+  kProtect,
+  kCount,
 };
 
 struct Op {
@@ -60,10 +71,10 @@ enum class ActionKind : std::uint8_t {
 
 // Something put in at a call of the library: before it, or after it.
 struct Action {
-  int op = 0;             // during which operation; -1: in the settling at the end
+  int op = 0;  // during which operation; -1: in the settling at the end
   bool event_thread = false;
   std::string call;
-  int occurrence = 0;     // of the call by that thread in that operation
+  int occurrence = 0;  // of the call by that thread in that operation
   bool after = false;
   ActionKind kind = ActionKind::kStep;
   int a = 0, b = 0, c = 0, d = 0, e = 0;
@@ -76,12 +87,13 @@ struct Config {
   bool fork_events = true;
   bool forks = true;
   bool raw_discards = true;
-  bool protects = false;     // raw mprotect while the library is at work
+  bool protects = false;  // raw mprotect while the library is at work
   bool pins = true;
   bool swap = true;
-  int act_percent = 10;      // chance of an action at a boundary
-  int fail_percent = 0;      // of them, failures
-  std::string refused;       // a call that always fails (a seccomp filter)
+  int act_percent = 10;  // chance of an action at a boundary
+  int fail_percent = 0;  // of them, failures
+  std::string refused;   // a call that always fails (a seccomp filter) ...
+  int refused_from = 0;  // ... from this operation on
 };
 
 struct Trace {

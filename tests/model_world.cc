@@ -12,7 +12,7 @@ namespace ksmu::model {
 using os::FakeOperation;
 
 namespace {
-constexpr int kThreads = 4;        // of the program; children have two each
+constexpr int kThreads = 4;  // of the program; children have two each
 constexpr std::size_t kMaxProcesses = 4;
 
 std::size_t Offset(int value) {
@@ -69,6 +69,7 @@ World::World(const Trace& trace, bool replay, const os::FakeLies& lies, bool ver
 }
 
 World::~World() {
+  started_ = false;
   settling_ = true;
   engine_.reset();
 }
@@ -86,7 +87,8 @@ std::uint64_t World::Random() {  // splitmix64
   return z ^ (z >> 31);
 }
 
-// --- the run -----------------------------------------------------------------------------------------------------------
+// --- the run
+// -----------------------------------------------------------------------------------------------------------
 
 void World::RunAll() {
   if (int error = engine_->Start()) {
@@ -94,6 +96,7 @@ void World::RunAll() {
     return;
   }
   settling_ = false;
+  started_ = true;
   for (const Op& op : trace_.ops) {
     op_ = op.id;
     random_ = trace_.config.seed * 1000003 + static_cast<std::uint64_t>(op.id) * 7919;
@@ -156,7 +159,9 @@ void World::ShowPages() {
 
 void World::Do(const Op& op) {
   switch (op.kind) {
-    case OpKind::kEvents: fibers_->RunEvents(); return;
+    case OpKind::kEvents:
+      fibers_->RunEvents();
+      return;
     case OpKind::kProgram: {
       const int slot = op.a % static_cast<int>(slots_.size());
       if (!StartProgram(slot, static_cast<ProgramKind>(op.b), op.c, op.d, op.e)) return;
@@ -169,8 +174,12 @@ void World::Do(const Op& op) {
       }
       return;
     }
-    case OpKind::kRawUnmap: RawUnmap(op.a, op.b); return;
-    case OpKind::kMapAgain: MapAgain(op.a, op.b); return;
+    case OpKind::kRawUnmap:
+      RawUnmap(op.a, op.b);
+      return;
+    case OpKind::kMapAgain:
+      MapAgain(op.a, op.b);
+      return;
     case OpKind::kUnpin:
       if (pins_.empty()) return;
       fake_.Unpin(pins_[static_cast<std::size_t>(op.a) % pins_.size()].id);
@@ -202,27 +211,42 @@ void World::Do(const Op& op) {
         // Nothing that is under way in the kernel takes seconds.
         if (s.busy && (s.kind == ProgramKind::kDirectPoke || s.kind == ProgramKind::kDiscard)) return;
       }
-      fake_.AdvanceTime(static_cast<std::uint64_t>(op.a) * 1000000000u); return;
+      fake_.AdvanceTime(static_cast<std::uint64_t>(op.a) * 1000000000u);
+      return;
     case OpKind::kTunable:
       switch (op.a) {
-        case 0: tunables_.use_zero_pages = op.b; break;
-        case 1: tunables_.max_page_sharing = op.b; break;
-        case 2: tunables_.remerge = op.b; break;
+        case 0:
+          tunables_.use_zero_pages = op.b;
+          break;
+        case 1:
+          tunables_.max_page_sharing = op.b;
+          break;
+        case 2:
+          tunables_.remerge = op.b;
+          break;
         case 3:
           for (const Slot& s : slots_) {
             if (s.busy && s.kind == ProgramKind::kDirectPoke) return;
           }
           tunables_.remerge_seconds = op.b;
           break;
-        default: tunables_.smart_scan = op.b; break;
+        default:
+          tunables_.smart_scan = op.b;
+          break;
       }
       return;
     case OpKind::kMapLimit:
       fake_.max_mappings = op.a == 0 ? 65530 : fake_.space().count() + static_cast<std::size_t>(op.a);
       return;
-    case OpKind::kPinsPossible: fake_.no_long_term_pins = op.a == 0; return;
-    case OpKind::kMemory: fake_.available_memory = static_cast<std::uint64_t>(op.a) << 20; return;
-    default: LibraryCall(op); return;
+    case OpKind::kPinsPossible:
+      fake_.no_long_term_pins = op.a == 0;
+      return;
+    case OpKind::kMemory:
+      fake_.available_memory = static_cast<std::uint64_t>(op.a) << 20;
+      return;
+    default:
+      LibraryCall(op);
+      return;
   }
 }
 
@@ -247,7 +271,7 @@ void World::LibraryCall(const Op& op) {
     case OpKind::kAdvise: {
       bool promise = (op.c & 1) != 0;
       each([&](Page& p, int) { promise &= !p.shadow.InFlight(Change::kZero); });  // a raw discard has begun already
-      each([&](Page& p, int) { p.promise |= promise; });  // also while it is being changed
+      each([&](Page& p, int) { p.promise |= promise; });                          // also while it is being changed
       error = engine_->Advise(span, promise, (op.c & 2) != 0, false);
       each([&](Page& p, int) {
         if (error == 0 || (error == -ENOMEM && holes)) p.promise = promise;
@@ -255,7 +279,9 @@ void World::LibraryCall(const Op& op) {
       });
       break;
     }
-    case OpKind::kUnmerge: error = engine_->Unmerge(span); break;
+    case OpKind::kUnmerge:
+      error = engine_->Unmerge(span);
+      break;
     case OpKind::kRelease:
       if (holes) break;
       error = engine_->Release(span);
@@ -266,7 +292,7 @@ void World::LibraryCall(const Op& op) {
       DiscardDuringForks(0, op.a, op.b);
       each([](Page& p, int) { p.shadow.Begin(30, {Change::kZero, 0, 0}); });
       error = engine_->Discard(span);
-      each([&](Page& p, int) { p.shadow.End(30); });
+      each([&](Page& p, int) { error == 0 ? p.shadow.End(30) : p.shadow.Undo(30); });
       if (error != 0 && trace_.config.refused.empty()) Fail("Discard: " + std::to_string(error));
       break;
     }
@@ -276,26 +302,35 @@ void World::LibraryCall(const Op& op) {
       error = engine_->Unmap(span);
       if (error != 0) each([](Page& p, int) { p.mapped = true; });
       break;
-    case OpKind::kMerge: error = engine_->Merge(span, [](void*) { return false; }, nullptr); break;
+    case OpKind::kMerge:
+      error = engine_->Merge(
+          span, [](void*) { return false; }, nullptr);
+      break;
     case OpKind::kStep:
       for (int i = 0; i < op.a; ++i) engine_->Step();
       break;
-    case OpKind::kHousekeeping: engine_->Housekeeping(); break;
-    case OpKind::kUnmergeAll: error = engine_->UnmergeAll(false); break;
-    default: break;
+    case OpKind::kHousekeeping:
+      engine_->Housekeeping();
+      break;
+    case OpKind::kUnmergeAll:
+      error = engine_->UnmergeAll(false);
+      break;
+    default:
+      break;
   }
   in_call_ = false;
   if (verbose_ && error != 0) std::printf("    = %lld\n", static_cast<long long>(error));
 }
 
-// --- the program -------------------------------------------------------------------------------------------------------
+// --- the program
+// -------------------------------------------------------------------------------------------------------
 
 bool World::Pinned(int page) const {
   return std::any_of(pins_.begin(), pins_.end(), [&](const Pin& p) { return p.page == page; });
 }
 
-// Pages of a frame mapping that show nothing: discarded, and not yet answered with zeros. Without the fork event a child
-// would see the frames in them.
+// Pages of a frame mapping that show nothing: discarded, and not yet answered with zeros. Without the fork event a
+// child would see the frames in them.
 bool World::DiscardsUnfilled() {
   for (const auto& [start, v] : fake_.space().vmas()) {
     if (!v.file) continue;
@@ -306,8 +341,8 @@ bool World::DiscardsUnfilled() {
   return false;
 }
 
-// A fork that another thread is in the middle of: the discard comes after the copy, but its event can be read before the
-// fork's. Pages that are not where the child would look at that moment can be zeros in it: a limit.
+// A fork that another thread is in the middle of: the discard comes after the copy, but its event can be read before
+// the fork's. Pages that are not where the child would look at that moment can be zeros in it: a limit.
 void World::DiscardDuringForks(int process, int first, int count) {
   for (const Slot& s : slots_) {
     if (!s.busy || !s.forked || s.process != process) continue;
@@ -338,11 +373,14 @@ bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count
   auto direct_in_flight = [&](int i) {
     return std::any_of(slots_.begin(), slots_.end(), [&](const Slot& s) {
       return s.busy && s.process == slot.process && s.page == i &&
-             (s.kind == ProgramKind::kDirectPoke || s.kind == ProgramKind::kPinWrite || s.kind == ProgramKind::kPinRead);
+             (s.kind == ProgramKind::kDirectPoke || s.kind == ProgramKind::kPinWrite ||
+              s.kind == ProgramKind::kPinRead);
     });
   };
   switch (kind) {
-    case ProgramKind::kRead: op.kind = FakeOperation::kRead; break;
+    case ProgramKind::kRead:
+      op.kind = FakeOperation::kRead;
+      break;
     case ProgramKind::kFill:
       if (value < 0) value = page(first).shadow.Usual();
       op.kind = FakeOperation::kWrite;
@@ -356,8 +394,8 @@ bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count
       op.address += change.offset;
       op.data.assign(1, std::byte(change.value));
       if (kind == ProgramKind::kDirectPoke) {
-        // A page is merged again in place when it has not been written for longer than any direct I/O takes: so there must
-        // be such a time.
+        // A page is merged again in place when it has not been written for longer than any direct I/O takes: so there
+        // must be such a time.
         if (page(first).shadow.InFlight(Change::kZero) || tunables_.remerge_seconds < 60) return false;
       }
       break;
@@ -374,12 +412,14 @@ bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count
       break;
     case ProgramKind::kFork:
       // Without the event a child that a raw clone makes in the middle of a merge is a limit; libc's fork waits for it.
-      if (!c.forks || processes_.size() >= kMaxProcesses || (!c.fork_events && (in_call_ || DiscardsUnfilled()))) return false;
+      if (!c.forks || processes_.size() >= kMaxProcesses || (!c.fork_events && (in_call_ || DiscardsUnfilled())))
+        return false;
       op.kind = FakeOperation::kFork;
       break;
     case ProgramKind::kPinWrite:
     case ProgramKind::kPinRead:
-      // In the middle of a call: a page that is being merged again in place while it is pinned is a limit of NoLongTermPins.
+      // In the middle of a call: a page that is being merged again in place while it is pinned is a limit of
+      // NoLongTermPins.
       if (!c.pins || in_call_ || slot.process != 0 || page(first).shadow.InFlight(Change::kZero)) return false;
       op.kind = FakeOperation::kPin;
       op.write = kind == ProgramKind::kPinWrite;
@@ -398,7 +438,8 @@ bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count
       op.protection = static_cast<os::Protection>(value % 3);
       for (int i = first; i < first + count; ++i) page(i).protection = op.protection;
       break;
-    case ProgramKind::kCount: return false;
+    case ProgramKind::kCount:
+      return false;
   }
   slot.busy = true;
   slot.forked = false;
@@ -479,7 +520,8 @@ void World::Finished(Slot& slot) {
       break;
     case ProgramKind::kSwapOut:
     case ProgramKind::kProtect:
-    case ProgramKind::kCount: break;
+    case ProgramKind::kCount:
+      break;
   }
 }
 
@@ -522,7 +564,8 @@ void World::MapAgain(int first, int count) {
   }
 }
 
-// --- the end -----------------------------------------------------------------------------------------------------------
+// --- the end
+// -----------------------------------------------------------------------------------------------------------
 
 void World::Settle() {
   fake_.max_mappings = 65530;
@@ -568,7 +611,8 @@ void World::CheckBytes() {
     }
   }
   for (const Pin& pin : pins_) {
-    if (!fake_.PinInPlace(pin.id)) Fail("the pinned page " + std::to_string(pin.page) + " is not the program's any more");
+    if (!fake_.PinInPlace(pin.id))
+      Fail("the pinned page " + std::to_string(pin.page) + " is not the program's any more");
   }
   if (!fake_.violations().empty()) Fail(fake_.violations()[0]);
 }
@@ -581,9 +625,9 @@ void World::CheckQuiet(bool unmerged) {
     if (v != nullptr && v->context == os::kStaging) Fail("a page is left in staging");
   }
   if (unmerged) {
-    const bool refusals = result_.tally.failures != 0 || std::any_of(trace_.ops.begin(), trace_.ops.end(), [](const Op& op) {
-                            return op.kind == OpKind::kMapLimit;
-                          });
+    const bool refusals =
+        result_.tally.failures != 0 ||
+        std::any_of(trace_.ops.begin(), trace_.ops.end(), [](const Op& op) { return op.kind == OpKind::kMapLimit; });
     if (!refusals && fake_.RegisteredPages(os::kTracker) != 0) Fail("memory is still registered with the tracker");
   }
   // The program's protections are its own.
@@ -603,7 +647,8 @@ void World::CheckQuiet(bool unmerged) {
   for (std::size_t s = 1; s < count.size(); ++s) {
     const auto shown = engine_->counters().pages[s].load();
     if (shown != count[s])
-      Fail("the gauge of state " + std::to_string(s) + " is " + std::to_string(shown) + ", not " + std::to_string(count[s]));
+      Fail("the gauge of state " + std::to_string(s) + " is " + std::to_string(shown) + ", not " +
+           std::to_string(count[s]));
   }
 }
 

@@ -109,6 +109,7 @@ class World {
   bool in_call_ = false;            // the scanner is inside the library
   bool settling_ = true;
   bool endless_ = false;
+  bool started_ = false;
   int op_ = -1;
   std::uint64_t random_ = 0, calls_at_op_ = 0;
   std::map<std::pair<bool, std::string>, int> occurrences_;

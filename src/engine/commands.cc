@@ -168,7 +168,8 @@ int Engine::UnmergeRun(const Region& region, Span run) {
     Address end = a;
     while (end < run.end() && table_.Load(end).state() == PageState::kMerged) end += page_;
     const int unknown = system_.QueryMapping(a, &mapping);
-    if (!unknown && mapping.start <= a) end = std::min(end, mapping.end);
+    // No further than this mapping, or this hole, goes.
+    if (!unknown) end = std::min(end, mapping.start <= a ? mapping.end : mapping.start);
     if (int failed = Detach(region, {a, end - a}, PageState::kMerged)) {
       AwaitForks();
       if (move_count_.load(std::memory_order_acquire)) return -EAGAIN;
@@ -245,6 +246,16 @@ void Engine::FillMarked(Span span) {
   }
 }
 
+bool Engine::HasHoles(Span span) {
+  return ForEachMapping(system_, span, [](Span, const os::Mapping&) {});
+}
+
+void Engine::FillAllMarked() {
+  for (Segment* segment = table_.NextSegment(0); segment; segment = table_.NextSegment(segment->start + kSegmentBytes)) {
+    if (segment->marked.load(std::memory_order_relaxed)) FillMarked({segment->start, kSegmentBytes});
+  }
+}
+
 int Engine::Unmerge(Span span) {
   ApplyMoves();
   Region region;
@@ -265,8 +276,8 @@ int Engine::Unmerge(Span span) {
 
 int Engine::UnmergeAll(bool forget) {
   if (forget) {
-    // Frames that a forked child may map cannot be punched, and would show through raw discards once nobody watches.
-    if (!forks_.NoChildSince(0)) DetachEverything();
+    // What stays in a run's mapping is watched by nobody from now on: as little as possible.
+    DetachEverything();
     return Unmerge({0, PageTable::kLimit});
   }
   ApplyMoves();

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstring>
 
 #include "base/test_point.h"
 #include "content/content.h"
@@ -132,6 +133,9 @@ void Engine::TendRun(const Region& region, Span run) {
 // Takes the pages of a run out of their place: accesses wait in the breaker until GiveBackHeld, or until the caller has
 // put something else there. All pages must be covering and known; false: nothing was changed.
 bool Engine::TakeFromRun(Span run, PageState expected) {
+  Address until = 0;
+  const os::Attributes attributes = FindAttributes(run.start, &until);
+  if (attributes.locked || attributes.sealed) return false;
   // Under no breaker nobody would wait, and what is written to the place meanwhile would be lost.
   if (gate_.NeedsRepair() && !gate_.Repair()) return false;
   os::Mapping mapping;
@@ -402,7 +406,9 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
       if (!replaced && !pending()) {
         for (std::size_t i = 0; i < n; ++i) {
           if (table_.Load(run.start + i * page_).discarded() && filled[i]) {
-            system_.Discard({fresh + i * page_, page_});
+            if (system_.Discard({fresh + i * page_, page_}) != 0) {
+              std::memset(reinterpret_cast<void*>(fresh + i * page_), 0, page_);  // refused, by a filter
+            }
             filled[i] = false;
           }
         }

@@ -57,6 +57,7 @@ class Engine {
   // `part` of them: see ksmu.h. *some tells whether anything was advised (holes give -ENOMEM all the same).
   int Advise(Span span, bool promise, bool sync_break, bool owned);
   int Unmerge(Span span);
+  bool HasHoles(Span span);
   int Release(Span span);
   int Discard(Span span);
   int Unmap(Span span);
@@ -72,6 +73,9 @@ class Engine {
     bool fruitful = false;       // in the pass that ended: something was hashed or merged
   };
   StepResult Step();
+  // Sees to it that discarded pages of the span read as zeros without anybody answering their faults.
+  void FillMarked(Span span);
+  void FillAllMarked();
   bool HasRegions() const { return regions_.size() != 0; }
   // What must be done also when scanning is off: repairs, moved ranges, frames to be reclaimed. True: call again soon.
   bool Housekeeping();
@@ -187,7 +191,6 @@ class Engine {
   int UnmergeRange(const Region& region, Span span);
   int UnmergeRun(const Region& region, Span run);
   void DetachEverything();
-  void FillMarked(Span span);
   void Untrack(Span span);
   bool IsInherited(const os::Mapping& mapping) const;
 
@@ -230,6 +233,7 @@ class Engine {
   std::size_t maps_at_pass_ = 0;      // maps_used_ at that moment
   std::size_t chunk_ = 0;
   std::byte* buffer_ = nullptr;   // the pages of a segment
+  std::array<std::uint64_t, kMaxSegmentPages / 64> unread_{};  // pages of the segment that could not be read
   std::byte* scratch_ = nullptr;  // one page
   os::PageRun* runs_ = nullptr;
   Planned* plan_ = nullptr;       // of the segment in hand: its own pages, then their twins elsewhere

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
+#include <cstring>
 
 #include "base/test_point.h"
 #include "engine/engine.h"
@@ -146,10 +147,18 @@ void Engine::FillZeros(os::Context context, Span span) {
       for (std::size_t done = 0; done < span.bytes; done += page_) FillZeros(context, {span.start + done, page_});
       return;
     }
-    if (error) return;
+    // A filter. A copy of zeros goes over a mark: somebody may be waiting for the page.
+    bool copy = error == -EPERM || error == -EACCES;
+    if (error && !copy) return;
     std::size_t filled = 0, most = span.bytes;
     for (std::size_t done = 0; done < span.bytes;) {
-      const os::Partial zeroed = system_.ZeroPage(context, {span.start + done, std::min(most, span.bytes - done)});
+      os::Partial zeroed;
+      if (!copy) zeroed = system_.ZeroPage(context, {span.start + done, std::min(most, span.bytes - done)});
+      copy |= zeroed.error == -EPERM || zeroed.error == -EACCES;
+      if (copy) {
+        std::memset(event_scratch_, 0, page_);
+        zeroed = system_.Copy(context, span.start + done, event_scratch_, page_, false);
+      }
       done += zeroed.done;
       filled += zeroed.done;
       if (zeroed.error == -EEXIST) done += page_;
@@ -217,12 +226,18 @@ void Engine::OnFault(os::Context context, Child* child, const os::Event& event) 
     FillZeros(context, span);
   } else {
     std::size_t most = span.bytes;
+    bool refused = false;
     for (std::size_t done = 0; done < span.bytes;) {
       const os::Partial filled = system_.Continue(context, {a + done, std::min(most, span.bytes - done)}, true);
+      refused = filled.error == -EPERM || filled.error == -EACCES;
       done += filled.done;
       if (filled.error == -EEXIST) done += page_;
       else if (filled.error == -ENOENT && most > page_) most = page_;  // neighbours need not be of the same run
       else if (filled.error) break;
+    }
+    if (refused && page.covers() && pool_.Live(page.value())) {
+      // A filter: a copy of the frame serves as well, and counts as a break once it is seen.
+      system_.Copy(context, a, pool_.Bytes(page.value()), page_, false);
     }
   }
   system_.Wake(context, span);

@@ -27,6 +27,7 @@ void Engine::Leave(Address a, Reason reason) {
 // Through the kernel, not by plain loads: a hole is an error value here and would be a signal there.
 std::size_t Engine::ReadPages(const Address* pages, std::size_t count) {
   std::size_t read = 0;
+  unread_.fill(0);
   for (std::size_t i = 0; i < count;) {
     std::size_t end = i + 1;
     while (end < count && pages[end] == pages[end - 1] + page_) ++end;
@@ -38,6 +39,7 @@ std::size_t Engine::ReadPages(const Address* pages, std::size_t count) {
       done += whole;
       if (i + done < end) {
         Leave(pages[i + done], Reason::kProtection);
+        unread_[(i + done) / 64] |= std::uint64_t{1} << (i + done) % 64;
         ++done;
       }
     }
@@ -51,11 +53,7 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
   Add(counters_.pages_scanned, static_cast<std::int64_t>(read));
   plan_size_ = twins_size_ = zeros_size_ = 0;
   for (std::size_t i = 0; i < count; ++i) {
-    const Page page = table_.Load(pages[i]);
-    if (page.state() == PageState::kUnmerged && page.reason() == Reason::kProtection &&
-        page.stamp() == (pass_ & Page::kStampMask)) {
-      continue;  // could not be read just now
-    }
+    if (unread_[i / 64] >> i % 64 & 1) continue;  // left as it is, with its reason
     MatchPage(pages[i], buffer_ + i * page_);
   }
   for (std::size_t i = 0; i < zeros_size_;) {

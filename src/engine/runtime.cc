@@ -227,6 +227,17 @@ bool Runtime::RunCommands() {
   }
 }
 
+// Those that only read, in the middle of a long command.
+void Runtime::RunReadings() {
+  for (Slot& slot : slots_) {
+    if (slot.state.load(std::memory_order_acquire) != kPosted) continue;
+    const Command::Kind kind = slot.command.kind;
+    if (kind != Command::kStats && kind != Command::kRegion && kind != Command::kExplain) continue;
+    Run(&slot.command, &slot);
+    Answer(&slot);
+  }
+}
+
 void Runtime::Run(Command* command, Slot* slot) {
   Engine& engine = *engine_;
   const std::size_t page = engine.page_size();
@@ -238,6 +249,7 @@ void Runtime::Run(Command* command, Slot* slot) {
       break;
     case Command::kUnmerge:
       command->result = engine.Unmerge(command->span);
+      if (command->result == 0 && engine.HasHoles(command->span)) command->result = -ENOMEM;
       break;
     case Command::kRelease:
       command->result = engine.Release(command->span);
@@ -258,6 +270,7 @@ void Runtime::Run(Command* command, Slot* slot) {
           [](void* c) {
             auto* cookie = static_cast<Cookie*>(c);
             if (cookie->runtime->pause_.load(std::memory_order_acquire)) cookie->runtime->Park();
+            cookie->runtime->RunReadings();
             return cookie->slot->cancelled.load(std::memory_order_acquire);
           },
           &cookie);
@@ -325,6 +338,8 @@ void Runtime::Run(Command* command, Slot* slot) {
 }
 
 void Runtime::Park() {
+  // A child inherits what the page tables say, and may outlive those who answer its faults.
+  engine_->FillAllMarked();
   // Over again if somebody has paused in between: he may have taken the old parked_ for the answer to his own request.
   do {
     parked_.store(1, std::memory_order_seq_cst);

@@ -106,6 +106,7 @@ class Runtime {
   void CloseEngine();
   void ScannerLoop();
   bool RunCommands();
+  void RunReadings();
   void Run(Command* command, Slot* slot);
   void Park();
   void Sleep(std::int64_t ns);

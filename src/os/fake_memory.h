@@ -63,7 +63,7 @@ struct Pte {
 struct Vma {
   Address start = 0, end = 0;
   std::shared_ptr<PoolFile> file;  // null: anonymous
-  std::uint64_t page_offset = 0;   // anonymous memory: of the address it was made at, as in Linux; decides about merging
+  std::uint64_t page_offset = 0;  // anonymous memory: of the address it was made at, as in Linux; decides about merging
   bool readable = true, writable = true, executable = false, shared = false;
   bool stack = false, heap = false, special = false;
   bool host = false;      // the library's own: real memory at the same address
@@ -87,10 +87,10 @@ class AddressSpace {
   const std::map<Address, Vma>& vmas() const { return vmas_; }
   const std::map<Address, Pte>& ptes() const { return ptes_; }
 
-  Vma* Find(Address);           // the mapping that contains the address
-  Vma* FindFrom(Address);       // that, or the first above it
-  bool Covers(Span);            // no holes
-  bool InOne(Span);             // all in one mapping
+  Vma* Find(Address);      // the mapping that contains the address
+  Vma* FindFrom(Address);  // that, or the first above it
+  bool Covers(Span);       // no holes
+  bool InOne(Span);        // all in one mapping
   // Mappings that the span intersects, in order; valid until the next change.
   std::vector<Vma*> In(Span);
   // By how many mappings the count grows when the span gets boundaries at both ends.

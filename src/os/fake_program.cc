@@ -16,7 +16,8 @@ constexpr int kPatience = 4096;
 constexpr std::size_t kFaultAround = 16;  // pages
 }  // namespace
 
-// --- faults ------------------------------------------------------------------------------------------------------------
+// --- faults
+// ------------------------------------------------------------------------------------------------------------
 
 bool FakeSystem::Permits(const Vma& v, const Pte& pte, Access access) const {
   if (!pte.present()) return false;
@@ -128,8 +129,10 @@ bool FakeSystem::FaultIn(Process& p, Address page, Access access, const char* wh
     if (Permits(*v, p.space.Get(page), access)) return true;
     Waiter waiter;
     switch (Fault(p, page, access, waiter)) {
-      case FaultResult::kRetry: break;
-      case FaultResult::kSegv: return false;
+      case FaultResult::kRetry:
+        break;
+      case FaultResult::kSegv:
+        return false;
       case FaultResult::kBlocked:
         for (int j = 0; j < kPatience && waiter.state != Waiter::kRunning; ++j) {
           if (hooks.other_thread) hooks.other_thread();
@@ -149,7 +152,8 @@ bool FakeSystem::FaultIn(Process& p, Address page, Access access, const char* wh
   return false;
 }
 
-// --- threads -----------------------------------------------------------------------------------------------------------
+// --- threads
+// -----------------------------------------------------------------------------------------------------------
 
 void FakeSystem::MapProgram(Address at, std::size_t bytes, const std::function<void(Vma&)>& adjust) {
   Vma v;
@@ -189,14 +193,14 @@ bool FakeSystem::Ready(ThreadId id) const {
 const FakeOutcome& FakeSystem::Outcome(ThreadId id) const { return threads_[static_cast<std::size_t>(id)]->outcome; }
 
 std::string FakeSystem::Describe(ThreadId id) const {
-  static constexpr const char* kNames[] = {"read",    "write", "direct write", "discard", "unmap",
-                                           "map",     "protect", "fork",       "pin",     "swap out"};
+  static constexpr const char* kNames[] = {"read", "write",   "direct write", "discard", "unmap",
+                                           "map",  "protect", "fork",         "pin",     "swap out"};
   const Thread& t = *threads_[static_cast<std::size_t>(id)];
   if (!t.busy) return "idle";
   char text[200];
   std::snprintf(text, sizeof text, "%s of %#zx+%zu in process %d, %s (context %d, phase %d)", kNames[t.op.kind],
                 static_cast<std::size_t>(t.op.address), t.op.bytes, t.process,
-                t.waiter.state == Waiter::kRunning    ? "running"
+                t.waiter.state == Waiter::kRunning   ? "running"
                 : t.waiter.state == Waiter::kAtFault ? (t.waiter.fault.write_protect ? "waiting at a WP fault"
                                                         : t.waiter.fault.minor       ? "waiting at a MINOR fault"
                                                                                      : "waiting at a MISSING fault")
@@ -228,14 +232,24 @@ bool FakeSystem::StepThread(Thread& t) {
   const Span span{t.op.address, t.op.bytes};
   switch (t.op.kind) {
     case FakeOperation::kRead:
-    case FakeOperation::kWrite: return StepAccess(t);
+    case FakeOperation::kWrite:
+      return StepAccess(t);
     case FakeOperation::kPin:
-    case FakeOperation::kDirectWrite: return StepPin(t);
-    case FakeOperation::kDiscard: return StepDiscard(t);
-    case FakeOperation::kFork: return StepFork(t);
-    case FakeOperation::kSwapOut: StepSwapOut(t); return true;
-    case FakeOperation::kUnmap: Finish(t, UnmapRange(p, span)); return true;
-    case FakeOperation::kProtect: Finish(t, ProtectRange(p, span, t.op.protection)); return true;
+    case FakeOperation::kDirectWrite:
+      return StepPin(t);
+    case FakeOperation::kDiscard:
+      return StepDiscard(t);
+    case FakeOperation::kFork:
+      return StepFork(t);
+    case FakeOperation::kSwapOut:
+      StepSwapOut(t);
+      return true;
+    case FakeOperation::kUnmap:
+      Finish(t, UnmapRange(p, span));
+      return true;
+    case FakeOperation::kProtect:
+      Finish(t, ProtectRange(p, span, t.op.protection));
+      return true;
     case FakeOperation::kMap: {
       Vma v;
       v.start = span.start;
@@ -399,7 +413,8 @@ bool FakeSystem::StepDiscard(Thread& t) {
   }
 }
 
-// --- fork --------------------------------------------------------------------------------------------------------------
+// --- fork
+// --------------------------------------------------------------------------------------------------------------
 
 std::shared_ptr<FakeSystem::Process> FakeSystem::CopyProcess(Process& parent, std::vector<Raised>* raised) {
   auto child = std::make_shared<Process>(page_size_);
@@ -501,7 +516,8 @@ void FakeSystem::Exit(ProcessId id) {
 
 bool FakeSystem::Alive(ProcessId id) const { return processes_[static_cast<std::size_t>(id)]->alive; }
 
-// --- pins --------------------------------------------------------------------------------------------------------------
+// --- pins
+// --------------------------------------------------------------------------------------------------------------
 
 void FakeSystem::PinWrite(PinId id, std::size_t offset, const std::vector<std::byte>& data) {
   std::copy(data.begin(), data.end(), pins_[static_cast<std::size_t>(id)].page->data + offset);

@@ -13,12 +13,13 @@ using fake::Pte;
 using fake::Vma;
 
 namespace {
-constexpr std::size_t kTablePages = 512;   // a page of page table entries: a hole, or all of it is there
+constexpr std::size_t kTablePages = 512;  // a page of page table entries: a hole, or all of it is there
 constexpr std::uint64_t kDevice = 0x1d;
 constexpr Address kVirtualEnd = Address{1} << 47;
 }  // namespace
 
-// --- page tables -------------------------------------------------------------------------------------------------------
+// --- page tables
+// -------------------------------------------------------------------------------------------------------
 
 ScanResult FakeSystem::Scan(Span span, const ScanRequest& request, PageRun* runs, std::size_t capacity) {
   Scope scope(*this, "Scan", -1, span);
@@ -26,8 +27,8 @@ ScanResult FakeSystem::Scan(Span span, const ScanRequest& request, PageRun* runs
   auto& space = program().space;
   ScanResult result{0, 0, span.start};
   // The kernel's fast path: asked for nothing but WRITTEN, an entry that is none counts as written.
-  const bool written_only = request.required == kWritten && request.returned == kWritten && request.inverted == 0 &&
-                            request.any_of == 0;
+  const bool written_only =
+      request.required == kWritten && request.returned == kWritten && request.inverted == 0 && request.any_of == 0;
   for (Vma* v : space.In(span)) {
     const Address from = std::max(v->start, span.start), to = std::min(v->end, span.end());
     const bool async = v->Is(kWriteProtect) && contexts_[static_cast<std::size_t>(v->context)]->wp_async &&
@@ -126,7 +127,8 @@ int FakeSystem::ReadSharing(Address start, Sharing* out, std::size_t pages) {
   return 0;
 }
 
-// --- the program's memory ----------------------------------------------------------------------------------------------
+// --- the program's memory
+// ----------------------------------------------------------------------------------------------
 
 std::size_t FakeSystem::ReadProgram(Address from, void* to, std::size_t bytes) {
   Scope scope(*this, "ReadProgram", -1, {from, bytes});
@@ -208,7 +210,8 @@ int FakeSystem::ApplyAttributes(Span span, const Attributes& a) {
   return error;
 }
 
-// --- mappings ----------------------------------------------------------------------------------------------------------
+// --- mappings
+// ----------------------------------------------------------------------------------------------------------
 
 void FakeSystem::FillMapping(const Vma& v, Mapping* out) const {
   *out = Mapping{};
@@ -392,7 +395,8 @@ int FakeSystem::Protect(Span span, Protection protection) {
   return ProtectRange(program(), span, protection);
 }
 
-// --- pool files --------------------------------------------------------------------------------------------------------
+// --- pool files
+// --------------------------------------------------------------------------------------------------------
 
 int FakeSystem::CreateFile(std::size_t bytes, File* out) {
   Scope scope(*this, "CreateFile", -1, {0, bytes});
@@ -427,7 +431,7 @@ Partial FakeSystem::WriteFile(const File& file, std::uint64_t offset, Address fr
       if (program().space.Find(a) != nullptr) {
         if (!FaultIn(program(), a, Access::kRead, "WriteFile")) break;
         source = program().space.Bytes(*program().space.Find(a), a);
-      } else if (a >= kProgramBase && a < kProgramBase + (Address{1} << 44)) {
+      } else if (a >= kProgramBase && a < kProgramBase + (Address{1} << 40)) {
         break;  // a hole
       }
       const std::uint64_t page = at / page_size_;
@@ -492,7 +496,8 @@ bool FakeSystem::NoLongTermPins() {
   return no_long_term_pins && (!held || lies.pins_are_never_held);
 }
 
-// --- looking at it -----------------------------------------------------------------------------------------------------
+// --- looking at it
+// -----------------------------------------------------------------------------------------------------
 
 std::size_t FakeSystem::RegisteredPages(Context c) const {
   std::size_t n = 0;

@@ -52,7 +52,8 @@ void FakeSystem::WakeRange(Context c, Span span, bool lie) {
   });
 }
 
-// --- registration ------------------------------------------------------------------------------------------------------
+// --- registration
+// ------------------------------------------------------------------------------------------------------
 
 int FakeSystem::Register(Context c, Span span, std::uint32_t modes) {
   Scope scope(*this, "Register", c, span);
@@ -70,8 +71,8 @@ int FakeSystem::Register(Context c, Span span, std::uint32_t modes) {
     if (v->shared || v->special || v->attributes.hugetlb || v->attributes.pfn_map) return -EINVAL;
     if ((modes & kMinor) != 0 && v->file == nullptr) return -EINVAL;
   }
-  const bool same = std::all_of(in.begin(), in.end(),
-                                [&](const Vma* v) { return v->context == c && v->modes == modes; });
+  const bool same =
+      std::all_of(in.begin(), in.end(), [&](const Vma* v) { return v->context == c && v->modes == modes; });
   if (!same && space.count() + space.SplitsFor(span) > max_mappings) return -ENOMEM;
   space.Change(span, [&](Vma& v) {
     v.context = c;
@@ -137,7 +138,8 @@ int FakeSystem::WriteProtect(Context c, Span span, bool protect) {
   return 0;
 }
 
-// --- filling -------------------------------------------------------------------------------------------------------------
+// --- filling
+// -------------------------------------------------------------------------------------------------------------
 
 Partial FakeSystem::Continue(Context c, Span span, bool protect) {
   Scope scope(*this, "Continue", c, span);
@@ -197,8 +199,8 @@ Partial FakeSystem::Move(Context c, Address to, Address from, std::size_t bytes)
         result.error = -ENOENT;
       } else if (pte.kind == Pte::kMarker) {
         result.error = -EFAULT;
-      } else if (pte.kind == Pte::kAnon && ((!pte.exclusive && !lies.move_ignores_children) ||
-                                            (pte.page->pins > 0 && !lies.move_ignores_pins))) {
+      } else if (pte.kind == Pte::kAnon &&
+                 ((!pte.exclusive && !lies.move_ignores_children) || (pte.page->pins > 0 && !lies.move_ignores_pins))) {
         result.error = -EBUSY;
       }
       if (result.error != 0) break;
@@ -267,11 +269,12 @@ Partial FakeSystem::ZeroPage(Context c, Span span) {
 
 int FakeSystem::Wake(Context c, Span span) {
   Scope scope(*this, "Wake", c, span);
-  if (Open(c) != nullptr) WakeRange(c, span, lies.wake_wakes_nobody);
-  return 0;
+  if (scope.error == 0 && Open(c) != nullptr) WakeRange(c, span, lies.wake_wakes_nobody);
+  return scope.error;
 }
 
-// --- events ----------------------------------------------------------------------------------------------------------------
+// --- events
+// ----------------------------------------------------------------------------------------------------------------
 
 FakeSystem::Raised FakeSystem::Raise(Context c, const Event& event) {
   ++contexts_[static_cast<std::size_t>(c)]->changing;
@@ -347,8 +350,8 @@ std::size_t FakeSystem::ReadEvents(Context c, Event* events, std::size_t capacit
   return n;
 }
 
-// The kernel's release of a context: registrations end, everybody goes on. The context of a fork whose event has not been
-// read is released with it.
+// The kernel's release of a context: registrations end, everybody goes on. The context of a fork whose event has not
+// been read is released with it.
 void FakeSystem::Release(ContextState& state, Context c) {
   state.open = false;
   if (state.process->alive) {
@@ -388,8 +391,8 @@ bool FakeSystem::ContextAlive(Context child) {
 
 bool FakeSystem::EventsUnread() const {
   for (const auto& c : contexts_) {
-    if (c->open && (!c->events.empty() || std::any_of(c->faults.begin(), c->faults.end(),
-                                                      [](const Waiter* w) { return !w->told; })))
+    if (c->open && (!c->events.empty() ||
+                    std::any_of(c->faults.begin(), c->faults.end(), [](const Waiter* w) { return !w->told; })))
       return true;
   }
   return false;

@@ -6,10 +6,10 @@
 // userfaultfd context serves waits, as in Linux, until somebody wakes it; a discard or a fork under a context that has
 // asked for the event waits until the event is read, and zaps in a later step whatever is mapped there by then.
 //
-// Every call of the library passes `Hooks::before` and `Hooks::after`: there a test steps program threads, and makes the
-// call fail. When a call of the library has to wait (for its own event to be read, at a fault), `Hooks::other_thread` is
-// called, which runs what the library's other thread would do. If that does not help, the library would hang: that, and
-// other conduct that no answer of the fake can express, is recorded as a violation.
+// Every call of the library passes `Hooks::before` and `Hooks::after`: there a test steps program threads, and makes
+// the call fail. When a call of the library has to wait (for its own event to be read, at a fault),
+// `Hooks::other_thread` is called, which runs what the library's other thread would do. If that does not help, the
+// library would hang: that, and other conduct that no answer of the fake can express, is recorded as a violation.
 //
 // Program memory lies at addresses that nothing may dereference. Memory that the library maps for itself
 // (MapAnonymous(0, ...)) is real, so that it can be read by plain loads; where a page of it is missing and registered
@@ -40,13 +40,13 @@ struct FakeLies {
   bool move_ignores_children = false;  // takes pages that a child shares
   bool discard_raises_no_event = false;
   bool move_mapping_loses_registration = false;
-  bool sharing_is_exclusive = false;      // no page ever seems shared with a child
-  bool written_is_never_set = false;      // PAGEMAP_SCAN: no page ever seems written
+  bool sharing_is_exclusive = false;  // no page ever seems shared with a child
+  bool written_is_never_set = false;  // PAGEMAP_SCAN: no page ever seems written
   bool continue_forgets_protection = false;
-  bool zero_page_shows_frame = false;     // ZeroPage says it worked and maps nothing
-  bool move_takes_a_copy = false;         // the source stays where it is
+  bool zero_page_shows_frame = false;  // ZeroPage says it worked and maps nothing
+  bool move_takes_a_copy = false;      // the source stays where it is
   bool events_never_pending = false;
-  bool pins_are_never_held = false;       // NoLongTermPins() whatever is pinned
+  bool pins_are_never_held = false;  // NoLongTermPins() whatever is pinned
 };
 
 struct FakeOptions {
@@ -68,7 +68,7 @@ struct FakeCall {
   std::size_t do_only = SIZE_MAX;
 };
 
-using ProcessId = int;   // 0: the program itself
+using ProcessId = int;  // 0: the program itself
 using ThreadId = int;
 using PinId = int;
 
@@ -79,11 +79,11 @@ struct FakeOperation {
     kDirectWrite,  // the same through a pin that is taken in one step and written in a later one (O_DIRECT, vm_writev)
     kDiscard,      // madvise(MADV_DONTNEED)
     kUnmap,
-    kMap,          // mmap(MAP_FIXED) of private anonymous memory
+    kMap,  // mmap(MAP_FIXED) of private anonymous memory
     kProtect,
     kFork,
-    kPin,          // a long-term pin; for writing if `write`
-    kSwapOut,      // reclaim takes the page: the fake's own, waits for nothing
+    kPin,      // a long-term pin; for writing if `write`
+    kSwapOut,  // reclaim takes the page: the fake's own, waits for nothing
   } kind = kRead;
   Address address = 0;
   std::size_t bytes = 0;
@@ -94,7 +94,7 @@ struct FakeOperation {
 
 struct FakeOutcome {
   bool done = false;
-  int error = 0;       // -EFAULT: SIGSEGV
+  int error = 0;  // -EFAULT: SIGSEGV
   std::vector<std::byte> data{};
   ProcessId child = -1;
   PinId pin = -1;
@@ -103,10 +103,10 @@ struct FakeOutcome {
 class FakeSystem : public System {
  public:
   struct Hooks {
-    std::function<int(FakeCall&)> before;         // 0, or the -errno with which the call fails
+    std::function<int(FakeCall&)> before;  // 0, or the -errno with which the call fails
     std::function<void(const FakeCall&)> after;
     std::function<void()> other_thread;
-    std::function<void()> yield;                  // Yield() and WaitEvents()
+    std::function<void()> yield;  // Yield() and WaitEvents()
   };
 
   explicit FakeSystem(const FakeOptions& options = {});
@@ -122,9 +122,9 @@ class FakeSystem : public System {
 
   ThreadId AddThread(ProcessId process = 0);
   void Start(ThreadId, const FakeOperation&);
-  bool Busy(ThreadId) const;         // an operation is in hand
-  bool Ready(ThreadId) const;        // and it does not wait
-  bool Step(ThreadId);               // one step; false: not ready
+  bool Busy(ThreadId) const;   // an operation is in hand
+  bool Ready(ThreadId) const;  // and it does not wait
+  bool Step(ThreadId);         // one step; false: not ready
   const FakeOutcome& Outcome(ThreadId) const;
   std::string Describe(ThreadId) const;
   std::size_t threads() const { return threads_.size(); }
@@ -136,10 +136,11 @@ class FakeSystem : public System {
 
   void PinWrite(PinId, std::size_t offset, const std::vector<std::byte>& data);  // the device writes
   std::vector<std::byte> PinBytes(PinId) const;
-  bool PinInPlace(PinId) const;      // the pinned page is still the one that the program sees
+  bool PinInPlace(PinId) const;  // the pinned page is still the one that the program sees
   void Unpin(PinId);
 
-  // --- looking at it ---------------------------------------------------------------------------------------------------
+  // --- looking at it
+  // ---------------------------------------------------------------------------------------------------
   const std::vector<std::string>& violations() const { return violations_; }
   void Violation(std::string text) { violations_.push_back(std::move(text)); }
   fake::AddressSpace& space(ProcessId id = 0) { return processes_[static_cast<std::size_t>(id)]->space; }
@@ -149,7 +150,8 @@ class FakeSystem : public System {
   bool EventsUnread() const;
   std::uint64_t calls() const { return calls_; }
 
-  // --- knobs of the environment ----------------------------------------------------------------------------------------
+  // --- knobs of the environment
+  // ----------------------------------------------------------------------------------------
   void AdvanceTime(std::uint64_t nanoseconds) { now_ += nanoseconds; }
   std::size_t max_mappings;
   bool no_long_term_pins = true;  // false: something could hold one, though nothing does
@@ -157,7 +159,8 @@ class FakeSystem : public System {
   std::uint64_t file_size_limit = UINT64_MAX;
   std::vector<Address> unwaitable_words;
 
-  // --- System ----------------------------------------------------------------------------------------------------------
+  // --- System
+  // ----------------------------------------------------------------------------------------------------------
   std::size_t PageSize() const override { return page_size_; }
   const Features& features() const override { return features_; }
   int Register(Context, Span, std::uint32_t modes) override;
@@ -227,9 +230,9 @@ class FakeSystem : public System {
     bool open = true;
     bool wp_async = false, wp_unpopulated = false, event_remove = false, event_remap = false, event_fork = false;
     Process* process = nullptr;
-    int changing = 0;                // mmap_changing: events raised and not yet gone on from
-    std::deque<Raised> events;       // raised, and not read
-    std::deque<Waiter*> faults;      // who waits, in the order of arrival
+    int changing = 0;            // mmap_changing: events raised and not yet gone on from
+    std::deque<Raised> events;   // raised, and not read
+    std::deque<Waiter*> faults;  // who waits, in the order of arrival
   };
   struct Thread {
     ProcessId process = 0;
@@ -239,7 +242,7 @@ class FakeSystem : public System {
     FakeOperation op;
     FakeOutcome outcome;
     Waiter waiter;
-    std::vector<Raised> raised;      // events that the operation still has to raise and wait for
+    std::vector<Raised> raised;  // events that the operation still has to raise and wait for
     std::shared_ptr<fake::Page> pinned;
   };
   struct PinState {

@@ -255,7 +255,19 @@ Partial LinuxSystem::ZeroPage(Context context, Span span) {
 
 int LinuxSystem::Wake(Context context, Span span) {
   Use use(this, context);
-  return use.gone() ? -ESRCH : uffd::Wake(use.fd(), span);
+  if (use.gone()) return -ESRCH;
+  const int error = uffd::Wake(use.fd(), span);
+  if (Refused(error)) GiveUp(context);
+  return error;
+}
+
+// A system call filter that came after the start refuses what somebody is waiting for: the context is closed, which lets
+// everybody go. Memory stays as it is; what the context was for (discards, gates) is at an end.
+void LinuxSystem::GiveUp(Context context) {
+  if (context < 0 || context >= kNamedContexts || contexts_[context] < 0) return;
+  const int fd = contexts_[context];
+  contexts_[context] = -1;
+  close(fd);
 }
 
 bool LinuxSystem::EventPending(Context context) {
@@ -278,6 +290,7 @@ std::size_t LinuxSystem::ReadEvents(Context context, Event* events, std::size_t 
       if (children_.EvictOldest() || GiveUpSpare()) continue;
       break;
     }
+    if (Refused(got)) GiveUp(context);
     if (got <= 0) break;
     for (int i = 0; i < got; ++i) {
       const uffd_msg& message = messages[i];

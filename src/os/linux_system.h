@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 
@@ -108,6 +109,8 @@ class LinuxSystem final : public System {
   int OpenDescriptor(const LinuxOptions& options, ErrorText* error);
   int OpenContext(const LinuxOptions& options, std::uint64_t features, int* out, ErrorText* error);
   void CloseAll();
+  static bool Refused(int error) { return error == -EPERM || error == -EACCES || error == -ENOSYS; }
+  void GiveUp(Context context);
   bool GiveUpSpare();
 
   // A context's descriptor for the length of a call.

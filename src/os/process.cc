@@ -1,6 +1,7 @@
 #include "os/process.h"
 
 #include <fcntl.h>
+#include <sys/sysinfo.h>
 #include <sys/epoll.h>
 
 #include <algorithm>
@@ -267,6 +268,11 @@ std::uint64_t MemoryBudget::Available() const {
   std::string_view text(buffer, size > 0 ? static_cast<std::size_t>(size) : 0);
   std::uint64_t free_swap = FindValue(text, "SwapFree") * 1024;
   std::uint64_t available = FindValue(text, "MemAvailable") * 1024 + free_swap;
+  if (size <= 0) {
+    // No descriptor to be had (RLIMIT_NOFILE): what the kernel tells without one. Less than MemAvailable.
+    struct sysinfo info {};
+    if (sysinfo(&info) == 0) available = (static_cast<std::uint64_t>(info.freeram) + info.bufferram + info.freeswap) * info.mem_unit;
+  }
   if (directory_.view().empty()) return available;
   for (PathBuffer directory = directory_;;) {
     available = std::min(available, Headroom(directory, version2_, free_swap));
