@@ -64,7 +64,9 @@ World::World(const Trace& trace, bool replay, const os::FakeLies& lies, bool ver
   fake_.hooks.other_thread = [this] { GiveWay(); };
   fake_.hooks.yield = [this] { GiveWay(); };
   engine_ = std::make_unique<engine::Engine>(fake_, tunables_, 12345);
-  fibers_ = std::make_unique<Fibers>([this] { engine_->HandleEvents(); });
+  fibers_ = std::make_unique<Fibers>([this] {
+    if (engine_) engine_->HandleEvents();
+  });
   fibers_->description = "seed " + std::to_string(c.seed);
 }
 
@@ -87,8 +89,7 @@ std::uint64_t World::Random() {  // splitmix64
   return z ^ (z >> 31);
 }
 
-// --- the run
-// -----------------------------------------------------------------------------------------------------------
+// --- the run --------------------------------------------------------------------------------------------------------
 
 void World::RunAll() {
   if (int error = engine_->Start()) {
@@ -131,6 +132,9 @@ void World::RunAll() {
     Settle();
     if (!result_.failed) CheckBytes();
     if (!result_.failed) CheckQuiet(true);
+    in_call_ = true;
+    for (int i = 0; i < 10 && engine_->ReclaimNow(); ++i) fake_.AdvanceTime(1000000);
+    in_call_ = false;
   }
   const engine::Counters& c = engine_->counters();
   Tally& t = result_.tally;
@@ -140,6 +144,30 @@ void World::RunAll() {
   t.forks = static_cast<std::int64_t>(processes_.size()) - 1;
   // The event thread must not be left in the middle of something.
   for (int i = 0; i < 1000 && fibers_->events_half_done(); ++i) fibers_->RunEvents();
+  if (!result_.failed && trace_.config.refused.empty()) CheckAfterwards();
+}
+
+// The library is stopped and gone. What was merged must behave like any memory; with two exceptions (docs/limits.md):
+// discards after a release of merged memory that is still mapped, and while a child that was forked before is alive.
+void World::CheckAfterwards() {
+  settling_ = true;
+  engine_.reset();
+  fake_.EndLibrary();
+  CheckBytes();
+  bool held = false;
+  for (std::size_t p = 1; p < processes_.size(); ++p) held |= processes_[p].alive;
+  for (const Page& page : processes_[0].pages) held |= page.mapped && page.released;
+  // A synchronous break that the library has answered, and whose copy it has not seen.
+  for (const Op& op : trace_.ops) held |= op.kind == OpKind::kAdvise && (op.c & 2) != 0;
+  if (held || result_.failed) return;
+  for (int i = 0; i < trace_.config.pages && !result_.failed; ++i) {
+    const Page& page = processes_[0].pages[static_cast<std::size_t>(i)];
+    if (!page.mapped || page.promise || Pinned(i)) continue;
+    if (StartProgram(0, ProgramKind::kDiscard, i, 1, 0)) {
+      while (slots_[0].busy) StepSlot(0);
+    }
+  }
+  CheckBytes();
 }
 
 // The engine's states, and what the page tables hold beneath them.
@@ -275,7 +303,7 @@ void World::LibraryCall(const Op& op) {
       error = engine_->Advise(span, promise, (op.c & 2) != 0, false);
       each([&](Page& p, int) {
         if (error == 0 || (error == -ENOMEM && holes)) p.promise = promise;
-        p.released = false;
+        if (error == 0) p.released = false;
       });
       break;
     }
@@ -322,8 +350,7 @@ void World::LibraryCall(const Op& op) {
   if (verbose_ && error != 0) std::printf("    = %lld\n", static_cast<long long>(error));
 }
 
-// --- the program
-// -------------------------------------------------------------------------------------------------------
+// --- the program ----------------------------------------------------------------------------------------------------
 
 bool World::Pinned(int page) const {
   return std::any_of(pins_.begin(), pins_.end(), [&](const Pin& p) { return p.page == page; });
@@ -564,8 +591,7 @@ void World::MapAgain(int first, int count) {
   }
 }
 
-// --- the end
-// -----------------------------------------------------------------------------------------------------------
+// --- the end --------------------------------------------------------------------------------------------------------
 
 void World::Settle() {
   fake_.max_mappings = 65530;

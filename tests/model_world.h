@@ -89,6 +89,7 @@ class World {
   void Settle();
   void CheckBytes();
   void CheckQuiet(bool unmerged);
+  void CheckAfterwards();
   void Fail(const std::string& message);
   bool Pinned(int page) const;
   os::Address At(int page) const { return base_ + static_cast<std::size_t>(page) * page_size_; }

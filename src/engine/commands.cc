@@ -97,8 +97,16 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
         Words* word = table_.Word(segment, (a - segment->start) / page_);
         if (!word) continue;
         Page page(word->load(std::memory_order_acquire));
-        if (page.state() != PageState::kResidue || !page.unconfirmed() || page.discarded()) continue;
-        if (IsPrivate(a)) continue;
+        if (page.state() != PageState::kResidue || !page.unconfirmed()) continue;
+        if (page.discarded()) {  // shows its frame no more
+          if (Change(word, page, page.WithState(PageState::kDropped).WithUnconfirmed(false))) pool_.Unpin(page.value());
+          continue;
+        }
+        if (IsPrivate(a)) {
+          const Page broken = page.WithState(PageState::kBroken).WithUnconfirmed(false).WithStamp(NowSeconds()).WithTries(0);
+          if (Change(word, page, broken)) pool_.Unpin(page.value());
+          continue;
+        }
         pool_.Share(page.value());
         if (Change(word, page, page.WithState(PageState::kMerged).WithUnconfirmed(false))) {
           pool_.Unpin(page.value());
@@ -252,7 +260,7 @@ bool Engine::HasHoles(Span span) {
 
 void Engine::FillAllMarked() {
   for (Segment* segment = table_.NextSegment(0); segment; segment = table_.NextSegment(segment->start + kSegmentBytes)) {
-    if (segment->marked.load(std::memory_order_relaxed)) FillMarked({segment->start, kSegmentBytes});
+    FillMarked({segment->start, kSegmentBytes});
   }
 }
 
@@ -278,6 +286,11 @@ int Engine::UnmergeAll(bool forget) {
   if (forget) {
     // What stays in a run's mapping is watched by nobody from now on: as little as possible.
     DetachEverything();
+    // What was released and is unmapped by now keeps no frames.
+    Region region;
+    for (Address at = 0; NextIn({0, PageTable::kLimit}, &at, &region);) {
+      if (region.kind != Region::kMergeable) Audit(region);
+    }
     return Unmerge({0, PageTable::kLimit});
   }
   ApplyMoves();

@@ -259,7 +259,6 @@ void Engine::OnFork(os::Context context, Child* parent, os::Context child_contex
   Address at = 0;
   while (Segment* segment = table_.NextSegment(at)) {
     at = segment->start + kSegmentBytes;
-    if (segment->marked.load(std::memory_order_relaxed) == 0) continue;
     for (std::size_t i = 0; i < table_.pages_per_segment(); ++i) {
       Words* word = table_.Word(segment, i);
       if (word && Page(word->load(std::memory_order_acquire)).discarded()) {

@@ -251,7 +251,7 @@ const std::byte* AddressSpace::Bytes(const Vma& vma, Address page) const {
   return nullptr;
 }
 
-// --- host memory -----------------------------------------------------------------------------------------------------
+// --- host memory ----------------------------------------------------------------------------------------------------
 
 void AddressSpace::ProtectHost(const Vma& vma, Address page) {
   // A page that is not there would stop the library for ever (MISSING): make that a crash at the place of the mistake.
@@ -345,7 +345,7 @@ void AddressSpace::SyncAllHost() {
   }
 }
 
-// --- mremap ----------------------------------------------------------------------------------------------------------
+// --- mremap ---------------------------------------------------------------------------------------------------------
 
 void AddressSpace::Move(Span span, Address to, bool keep_registration, bool leave_mapping) {
   if (Find(span.start)->host) {

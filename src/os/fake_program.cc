@@ -16,8 +16,7 @@ constexpr int kPatience = 4096;
 constexpr std::size_t kFaultAround = 16;  // pages
 }  // namespace
 
-// --- faults
-// ------------------------------------------------------------------------------------------------------------
+// --- faults ---------------------------------------------------------------------------------------------------------
 
 bool FakeSystem::Permits(const Vma& v, const Pte& pte, Access access) const {
   if (!pte.present()) return false;
@@ -152,8 +151,7 @@ bool FakeSystem::FaultIn(Process& p, Address page, Access access, const char* wh
   return false;
 }
 
-// --- threads
-// -----------------------------------------------------------------------------------------------------------
+// --- threads --------------------------------------------------------------------------------------------------------
 
 void FakeSystem::MapProgram(Address at, std::size_t bytes, const std::function<void(Vma&)>& adjust) {
   Vma v;
@@ -413,8 +411,7 @@ bool FakeSystem::StepDiscard(Thread& t) {
   }
 }
 
-// --- fork
-// --------------------------------------------------------------------------------------------------------------
+// --- fork -----------------------------------------------------------------------------------------------------------
 
 std::shared_ptr<FakeSystem::Process> FakeSystem::CopyProcess(Process& parent, std::vector<Raised>* raised) {
   auto child = std::make_shared<Process>(page_size_);
@@ -516,8 +513,7 @@ void FakeSystem::Exit(ProcessId id) {
 
 bool FakeSystem::Alive(ProcessId id) const { return processes_[static_cast<std::size_t>(id)]->alive; }
 
-// --- pins
-// --------------------------------------------------------------------------------------------------------------
+// --- pins -----------------------------------------------------------------------------------------------------------
 
 void FakeSystem::PinWrite(PinId id, std::size_t offset, const std::vector<std::byte>& data) {
   std::copy(data.begin(), data.end(), pins_[static_cast<std::size_t>(id)].page->data + offset);

@@ -18,8 +18,7 @@ constexpr std::uint64_t kDevice = 0x1d;
 constexpr Address kVirtualEnd = Address{1} << 47;
 }  // namespace
 
-// --- page tables
-// -------------------------------------------------------------------------------------------------------
+// --- page tables ----------------------------------------------------------------------------------------------------
 
 ScanResult FakeSystem::Scan(Span span, const ScanRequest& request, PageRun* runs, std::size_t capacity) {
   Scope scope(*this, "Scan", -1, span);
@@ -127,8 +126,7 @@ int FakeSystem::ReadSharing(Address start, Sharing* out, std::size_t pages) {
   return 0;
 }
 
-// --- the program's memory
-// ----------------------------------------------------------------------------------------------
+// --- the program's memory -------------------------------------------------------------------------------------------
 
 std::size_t FakeSystem::ReadProgram(Address from, void* to, std::size_t bytes) {
   Scope scope(*this, "ReadProgram", -1, {from, bytes});
@@ -210,8 +208,7 @@ int FakeSystem::ApplyAttributes(Span span, const Attributes& a) {
   return error;
 }
 
-// --- mappings
-// ----------------------------------------------------------------------------------------------------------
+// --- mappings -------------------------------------------------------------------------------------------------------
 
 void FakeSystem::FillMapping(const Vma& v, Mapping* out) const {
   *out = Mapping{};
@@ -395,8 +392,7 @@ int FakeSystem::Protect(Span span, Protection protection) {
   return ProtectRange(program(), span, protection);
 }
 
-// --- pool files
-// --------------------------------------------------------------------------------------------------------
+// --- pool files -----------------------------------------------------------------------------------------------------
 
 int FakeSystem::CreateFile(std::size_t bytes, File* out) {
   Scope scope(*this, "CreateFile", -1, {0, bytes});
@@ -496,8 +492,7 @@ bool FakeSystem::NoLongTermPins() {
   return no_long_term_pins && (!held || lies.pins_are_never_held);
 }
 
-// --- looking at it
-// -----------------------------------------------------------------------------------------------------
+// --- looking at it --------------------------------------------------------------------------------------------------
 
 std::size_t FakeSystem::RegisteredPages(Context c) const {
   std::size_t n = 0;

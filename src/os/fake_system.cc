@@ -52,8 +52,7 @@ void FakeSystem::WakeRange(Context c, Span span, bool lie) {
   });
 }
 
-// --- registration
-// ------------------------------------------------------------------------------------------------------
+// --- registration ---------------------------------------------------------------------------------------------------
 
 int FakeSystem::Register(Context c, Span span, std::uint32_t modes) {
   Scope scope(*this, "Register", c, span);
@@ -138,8 +137,7 @@ int FakeSystem::WriteProtect(Context c, Span span, bool protect) {
   return 0;
 }
 
-// --- filling
-// -------------------------------------------------------------------------------------------------------------
+// --- filling --------------------------------------------------------------------------------------------------------
 
 Partial FakeSystem::Continue(Context c, Span span, bool protect) {
   Scope scope(*this, "Continue", c, span);
@@ -273,8 +271,7 @@ int FakeSystem::Wake(Context c, Span span) {
   return scope.error;
 }
 
-// --- events
-// ----------------------------------------------------------------------------------------------------------------
+// --- events ---------------------------------------------------------------------------------------------------------
 
 FakeSystem::Raised FakeSystem::Raise(Context c, const Event& event) {
   ++contexts_[static_cast<std::size_t>(c)]->changing;
@@ -375,6 +372,12 @@ void FakeSystem::Release(ContextState& state, Context c) {
     if (r.event.kind == Event::kFork) Release(*contexts_[static_cast<std::size_t>(r.event.child)], r.event.child);
   }
   state.events.clear();
+}
+
+void FakeSystem::EndLibrary() {
+  for (std::size_t i = 0; i < contexts_.size(); ++i) {
+    if (contexts_[i]->open) Release(*contexts_[i], static_cast<Context>(i));
+  }
 }
 
 void FakeSystem::CloseContext(Context child) {

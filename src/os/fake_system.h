@@ -115,7 +115,7 @@ class FakeSystem : public System {
   Hooks hooks;
   FakeLies lies;
 
-  // --- the program's side --------------------------------------------------------------------------------------------
+  // --- the program's side -------------------------------------------------------------------------------------------
   static constexpr Address kProgramBase = 0x500000000000;
   // Sets up memory before or between operations, as a program's mmap would; nothing waits.
   void MapProgram(Address at, std::size_t bytes, const std::function<void(fake::Vma&)>& adjust = {});
@@ -139,8 +139,7 @@ class FakeSystem : public System {
   bool PinInPlace(PinId) const;  // the pinned page is still the one that the program sees
   void Unpin(PinId);
 
-  // --- looking at it
-  // ---------------------------------------------------------------------------------------------------
+  // --- looking at it ------------------------------------------------------------------------------------------------
   const std::vector<std::string>& violations() const { return violations_; }
   void Violation(std::string text) { violations_.push_back(std::move(text)); }
   fake::AddressSpace& space(ProcessId id = 0) { return processes_[static_cast<std::size_t>(id)]->space; }
@@ -150,8 +149,9 @@ class FakeSystem : public System {
   bool EventsUnread() const;
   std::uint64_t calls() const { return calls_; }
 
-  // --- knobs of the environment
-  // ----------------------------------------------------------------------------------------
+  // --- knobs of the environment -------------------------------------------------------------------------------------
+  // The library has gone: its descriptors are closed, and with them the contexts. Nobody reads anything any more.
+  void EndLibrary();
   void AdvanceTime(std::uint64_t nanoseconds) { now_ += nanoseconds; }
   std::size_t max_mappings;
   bool no_long_term_pins = true;  // false: something could hold one, though nothing does
@@ -159,8 +159,7 @@ class FakeSystem : public System {
   std::uint64_t file_size_limit = UINT64_MAX;
   std::vector<Address> unwaitable_words;
 
-  // --- System
-  // ----------------------------------------------------------------------------------------------------------
+  // --- System -------------------------------------------------------------------------------------------------------
   std::size_t PageSize() const override { return page_size_; }
   const Features& features() const override { return features_; }
   int Register(Context, Span, std::uint32_t modes) override;
