@@ -73,6 +73,8 @@ class Engine {
     bool fruitful = false;       // in the pass that ended: something was hashed or merged
   };
   StepResult Step();
+  // Called in the middle of long work, between two merges: may read, must not change anything.
+  void SetPoll(void (*poll)(void*), void* cookie) { poll_ = poll, poll_cookie_ = cookie; }
   // Sees to it that discarded pages of the span read as zeros without anybody answering their faults.
   void FillMarked(Span span);
   void FillAllMarked();
@@ -255,6 +257,8 @@ class Engine {
   std::size_t in_flight_next_ = 0;
   std::uint64_t in_flight_until_ = 0;  // the latest of them
   bool no_pins_known_ = false;    // and it is of this sweep
+  void (*poll_)(void*) = nullptr;
+  void* poll_cookie_ = nullptr;
   const os::File* inherited_ = nullptr;
   std::size_t inherited_count_ = 0;
 

@@ -191,6 +191,7 @@ bool Engine::HashOfEntry(void* self, const frames::Index::Entry& entry, std::uin
 // Merges what was planned, in runs: consecutive pages that are to map consecutive frames.
 void Engine::MergePlanned(Planned* plan, std::size_t count) {
   for (std::size_t i = 0; i < count;) {
+    if (poll_) poll_(poll_cookie_);
     const Region* region = regions_.Find(plan[i].page);
     std::size_t end = i + 1;
     while (end < count && end - i < kMaxRunPages && plan[end].page == plan[end - 1].page + page_ &&

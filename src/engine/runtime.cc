@@ -73,6 +73,7 @@ int Runtime::OpenEngine(os::ErrorText* error) {
   }
   engine_ = new (memory) Engine(*system_, settings_, os::Entropy());
   engine_->SetInherited(options_.inheritance->files.data(), options_.inheritance->file_count);
+  engine_->SetPoll([](void* self) { static_cast<Runtime*>(self)->RunReadings(); }, this);
   int result = engine_->Start();
   if (result) error->Set("no memory for the library's own data");
   if (!result && (result = os::StartThread(&event_, &Runtime::EventMain, this))) {
@@ -270,7 +271,6 @@ void Runtime::Run(Command* command, Slot* slot) {
           [](void* c) {
             auto* cookie = static_cast<Cookie*>(c);
             if (cookie->runtime->pause_.load(std::memory_order_acquire)) cookie->runtime->Park();
-            cookie->runtime->RunReadings();
             return cookie->slot->cancelled.load(std::memory_order_acquire);
           },
           &cookie);

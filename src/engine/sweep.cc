@@ -149,6 +149,7 @@ std::size_t Engine::Sweep(const Region& region, Address from, Address to, bool n
     if (at >= walked) break;
     const Address start = at & ~(kSegmentBytes - 1);
     const Address end = std::min(start + kSegmentBytes, walked);
+    if (poll_) poll_(poll_cookie_);
     Bitmaps bits;
     for (; r < scan.runs && runs_[r].start < end; ++r) {
       const std::size_t low = (std::max(runs_[r].start, at) - start) / page_;
