@@ -473,9 +473,9 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
 }
 
 std::size_t Engine::metadata_bytes() const {
-  // The scratch buffers and staging count in full, as they come to be used in full.
+  // Scratch memory counts as far as it has been used.
   return table_.metadata_bytes() + regions_.metadata_bytes() + pool_.metadata_bytes() + index_.metadata_bytes() +
-         kSegmentBytes + 2 * page_ + kMaxSegmentPages * (2 * sizeof(Planned) + sizeof(Address)) + kMaxRunPages * page_;
+         buffer_used_;
 }
 
 }  // namespace ksmu::engine

@@ -235,6 +235,7 @@ class Engine {
   std::size_t maps_at_pass_ = 0;      // maps_used_ at that moment
   std::size_t chunk_ = 0;
   std::byte* buffer_ = nullptr;   // the pages of a segment
+  std::size_t buffer_used_ = 0;   // bytes of buffer_ that have ever been touched
   std::array<std::uint64_t, kMaxSegmentPages / 64> unread_{};  // pages of the segment that could not be read
   std::byte* scratch_ = nullptr;  // one page
   os::PageRun* runs_ = nullptr;

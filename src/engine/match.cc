@@ -28,6 +28,7 @@ void Engine::Leave(Address a, Reason reason) {
 std::size_t Engine::ReadPages(const Address* pages, std::size_t count) {
   std::size_t read = 0;
   unread_.fill(0);
+  buffer_used_ = std::max(buffer_used_, count * page_);
   for (std::size_t i = 0; i < count;) {
     std::size_t end = i + 1;
     while (end < count && pages[end] == pages[end - 1] + page_) ++end;
