@@ -32,7 +32,6 @@ struct State {
   std::atomic<bool> inherited{false};  // libc's fork from a process with an engine: the first use wakes one here
   engine::RuntimeOptions options;
   bool by_first_use = false;
-  std::int64_t option_max_maps = 0;
 };
 
 // Never destroyed: library threads and functions of the interface outlive static destructors.
