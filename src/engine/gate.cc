@@ -84,12 +84,13 @@ bool Gate::ReturnPage(std::size_t i) {
   moved = system_.Copy(os::kGate, to, Staged(i), page_, false);
   if (moved.error == -EAGAIN) return false;
   // ENOENT: unmapped by somebody without a word; there is nothing to give it back to.
-  if (moved.done == page_ || moved.error == -EEXIST || moved.error == -ENOENT || moved.error == -ESRCH) {
+  if (moved.done == page_ || moved.error == -EEXIST || moved.error == -ENOENT) {
     system_.Discard({from, page_});
     return true;
   }
-  if (moved.error == -EPERM || moved.error == -EACCES) {
-    // A filter refuses the ioctl: the mapping itself can still be moved. What it loses is replayed by the next pass.
+  if (moved.error == -EPERM || moved.error == -EACCES || moved.error == -ESRCH) {
+    // A filter refuses the ioctl, or has made us close the gate (ESRCH): the mapping itself can still be moved. What it
+    // loses is replayed by the next pass.
     os::Mapping mapping;
     const bool known = system_.QueryMapping(to, &mapping) == 0 && mapping.start <= to;
     if (system_.MoveMapping(from, page_, to) == 0) {
