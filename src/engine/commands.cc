@@ -291,7 +291,10 @@ int Engine::UnmergeAll(bool forget) {
     for (Address at = 0; NextIn({0, PageTable::kLimit}, &at, &region);) {
       if (region.kind != Region::kMergeable) Audit(region);
     }
-    return Unmerge({0, PageTable::kLimit});
+    if (int error = Unmerge({0, PageTable::kLimit})) return error;
+    SettlePins();
+    pool_.Reclaim(&Engine::ForgetFrame, this);
+    return 0;
   }
   ApplyMoves();
   for (std::size_t i = 0; i < regions_.size(); ++i) {
@@ -301,6 +304,44 @@ int Engine::UnmergeAll(bool forget) {
   }
   pool_.Reclaim(&Engine::ForgetFrame, this);
   return 0;
+}
+
+// Frames that are kept although nobody shares them: for memory that was released and is still there, and for breaks whose
+// copy has not been seen. Other pages lie in the same frames' mappings, and would show them at a raw discard once nobody
+// watches: so the copies are made now. Best effort: what cannot be written stays as it is, see docs/limits.md.
+void Engine::SettlePins() {
+  const auto pinned = [&](Address a) {
+    const Page page = table_.Load(a);
+    return page.covers() && page.unconfirmed() && !page.busy();
+  };
+  for (Segment* segment = table_.NextSegment(0); segment; segment = table_.NextSegment(segment->start + kSegmentBytes)) {
+    const Address end_of_segment = segment->start + kSegmentBytes;
+    for (Address a = segment->start; a < end_of_segment;) {
+      if (!pinned(a)) {
+        a += page_;
+        continue;
+      }
+      os::Mapping mapping;
+      const bool shown = system_.QueryMapping(a, &mapping) == 0 && pool_.Shows(mapping, a, table_.Load(a).value());
+      Address end = a + page_;
+      while (end < end_of_segment && shown && end < mapping.end && (end - a) / page_ < kPopulatePages && pinned(end) &&
+             table_.Load(end).discarded() == table_.Load(a).discarded()) {
+        end += page_;
+      }
+      // A page that was discarded needs no copy: with its frame gone it reads as zeros.
+      const bool copy = shown && !table_.Load(a).discarded();
+      if (copy && system_.AvailableMemory() > kMemoryReserve) system_.PopulateWrite({a, end - a});
+      for (; a < end; a += page_) {
+        Words* word = table_.Find(a);
+        Page page(word->load(std::memory_order_acquire));
+        while (page.covers() && page.unconfirmed() && (page.discarded() || (copy && IsPrivate(a)))) {
+          if (!Change(word, page, page.WithState(PageState::kResidue).WithUnconfirmed(false))) continue;
+          pool_.Unpin(page.value());
+          break;
+        }
+      }
+    }
+  }
 }
 
 // Brings back to anonymous memory whatever can be: merged and discarded pages always (nobody can have them pinned for

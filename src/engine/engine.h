@@ -193,6 +193,7 @@ class Engine {
   int UnmergeRange(const Region& region, Span span);
   int UnmergeRun(const Region& region, Span run);
   void DetachEverything();
+  void SettlePins();
   void Untrack(Span span);
   bool IsInherited(const os::Mapping& mapping) const;
 

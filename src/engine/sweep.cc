@@ -262,6 +262,11 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
           pool_.Unpin(page.value());
           page = page.WithUnconfirmed(false);
         }
+        // Found present in the instant between a discard's event and the discard itself, and empty ever since.
+        if (!there && page.discarded() && !page.unconfirmed() && !IsPrivate(a, true)) {
+          Change(word, page, page.WithState(PageState::kDropped));
+          break;
+        }
         // tries: sweeps that found it unwritten, as far as that matters.
         if (dirty) {
           ++rewritten;

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/ioctl.h>
+#include <sys/uio.h>
 
 #include <bit>
 
@@ -60,10 +61,11 @@ int Pagemap::ReadSharing(Address start, Sharing* out, std::size_t pages) const {
   std::uint64_t entries[kBatch];
   while (pages > 0) {
     std::size_t batch = pages < kBatch ? pages : kBatch;
-    ssize_t bytes = raw::Repeat([&] {
-      return pread(fd_, entries, batch * sizeof entries[0],
-                   static_cast<off_t>(start / page_bytes_ * sizeof entries[0]));
-    });
+    const iovec vector{entries, batch * sizeof entries[0]};
+    const auto offset = static_cast<off_t>(start / page_bytes_ * sizeof entries[0]);
+    ssize_t bytes = raw::Repeat([&] { return pread(fd_, vector.iov_base, vector.iov_len, offset); });
+    // Refused by a filter: without an answer every frame is taken to have a child that maps it, and is kept.
+    if (bytes == -EPERM || bytes == -EACCES) bytes = raw::Repeat([&] { return preadv(fd_, &vector, 1, offset); });
     if (bytes < 0) return static_cast<int>(bytes);
     std::size_t got = static_cast<std::size_t>(bytes) / sizeof entries[0];
     if (got == 0) return -EFAULT;  // beyond the address space

@@ -62,10 +62,18 @@ Partial WritePoolFile(const File& file, std::uint64_t offset, Address from, std:
 }
 
 int PunchPoolFile(const File& file, std::uint64_t offset, std::size_t bytes) {
-  return raw::Repeat([&] {
+  const int error = raw::Repeat([&] {
     return fallocate(file.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
                      static_cast<off_t>(bytes));
   });
+  if (error == 0) return 0;
+  // Refused by a filter: the same through a mapping. A frame that stays would show again at a discard after the library
+  // has been stopped.
+  std::uintptr_t address = 0;
+  if (raw::Mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.fd, offset, &address)) return error;
+  const int removed = raw::Madvise(address, bytes, MADV_REMOVE);
+  syscall(SYS_munmap, address, bytes);
+  return removed == 0 ? 0 : error;
 }
 
 int MapPoolFile(const File& file, std::size_t bytes, const std::byte** out) {

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <sys/uio.h>
 
 #include "os/raw.h"
 #include "os/uapi.h"
@@ -160,7 +161,10 @@ bool Alive(int fd, Address page, std::size_t page_bytes) {
 }
 
 int Read(int fd, uffd_msg* messages, std::size_t capacity) {
-  ssize_t bytes = raw::Repeat([&] { return read(fd, messages, capacity * sizeof(uffd_msg)); });
+  iovec vector{messages, capacity * sizeof(uffd_msg)};
+  ssize_t bytes = raw::Repeat([&] { return read(fd, messages, vector.iov_len); });
+  // Who refuses the one system call, by a filter, may not have thought of the other; and somebody waits for an answer.
+  if (bytes == -EPERM || bytes == -EACCES) bytes = raw::Repeat([&] { return readv(fd, &vector, 1); });
   if (bytes == -EAGAIN) return 0;
   return static_cast<int>(bytes < 0 ? bytes : bytes / static_cast<ssize_t>(sizeof(uffd_msg)));
 }
