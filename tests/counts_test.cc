@@ -324,6 +324,12 @@ TEST_P(Counts, DiscardedPagesReadZero) {
     for (std::size_t i = 0; i < 128; ++i) FillPage(memory.page(i), seed(i));
     const auto now = [&](std::size_t i) { return (i >= 128 && i < 256) || i == 400 ? 0 : seed(i); };
     EXPECT_TRUE(PagesAre(memory, now));
+    // What is discarded raw and written at once stays where it is until three seconds after it has been found written: the
+    // discard may still be under way.
+    if (raw && driver() == Driver::kMergeCall) {
+      ASSERT_OK(ksmu_merge(AllMemory(), AllBytes()));
+      SleepSeconds(4.1);
+    }
     if (!sync()) {
       MergeUntil([](const ksmu_stats& s) { return s.pages_merged == 512 - 128 - 1; });
     } else {

@@ -45,21 +45,14 @@ void ShadowPage::Close() {
 
 void ShadowPage::Begin(int id, const Change& change) {
   flying_.push_back({id, change});
-  for (Flying& a : flying_) {
-    for (const Flying& b : flying_) {
-      if (a.change.kind == Change::kZero && b.change.kind != Change::kZero) a.raced = true;
-    }
-  }
   Close();
 }
 
 void ShadowPage::End(int id) {
   const std::uint32_t bit = 1u << id;
-  bool can_miss = false;
-  for (const Flying& f : flying_) can_miss |= kRacedDiscardCanMiss && f.id == id && f.raced;
   std::vector<State> left;
   for (State& s : states_) {
-    if (can_miss || (s.applied & bit) != 0) Add(&left, {s.content, s.applied & ~bit});
+    if ((s.applied & bit) != 0) Add(&left, {s.content, s.applied & ~bit});
   }
   states_ = std::move(left);
   std::erase_if(flying_, [&](const Flying& f) { return f.id == id; });

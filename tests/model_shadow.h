@@ -20,12 +20,6 @@ struct Change {
   std::string Apply(const std::string& before) const;
 };
 
-// A page that one thread writes while another one discards it should read as zeros or as what was written, and what was
-// there before should be gone. If the discarding thread is kept from the processor between the reading of its event and
-// its zap, for as long as the library takes to find the page written, take it out of its run and put it back, the zap
-// misses it, and the old bytes stay under what was written. The model allows that, for such pages only.
-inline constexpr bool kRacedDiscardCanMiss = true;
-
 class ShadowPage {
  public:
   explicit ShadowPage(std::size_t page_size);
@@ -52,7 +46,6 @@ class ShadowPage {
   struct Flying {
     int id;
     Change change;
-    bool raced = false;  // a discard that was under way together with a write
   };
   void Add(std::vector<State>* states, State s) const;
   void Close();  // adds what any of the changes in flight can lead to

@@ -356,7 +356,7 @@ void Engine::DetachEverything() {
     // Written, and perhaps pinned, since the last sweep: not known as broken yet.
     if (page.state() == PageState::kMerged || page.state() == PageState::kDropped) return !IsPrivate(a);
     return (page.state() == PageState::kBroken || page.state() == PageState::kResidue) && no_pins && page.tries() >= 1 &&
-           ((now - page.stamp()) & Page::kStampMask) >= seconds;
+           OldEnough(page, now, seconds);
   };
   for (Segment* segment = table_.NextSegment(0); segment; segment = table_.NextSegment(segment->start + kSegmentBytes)) {
     const Address end_of_segment = segment->start + kSegmentBytes;

@@ -21,6 +21,9 @@ namespace ksmu::engine {
 using frames::Frame;
 
 namespace {
+// A discard is announced before the kernel carries it out. A page whose mark is younger may still be waiting for its zap,
+// which would find nothing if the page had been taken out of its place: the discard would be lost.
+constexpr std::uint32_t kZapSeconds = 3;
 constexpr std::uint32_t kLookedAt = 15;  // Page::tries of a broken page that could not be helped: not tried again every pass
 }
 
@@ -54,6 +57,12 @@ void Engine::TendDropped(const Region& region, Span span) {
   }
 }
 
+// A page with contents of its own has been left alone for long enough to be taken out of its place.
+bool Engine::OldEnough(Page page, std::uint32_t now, std::uint32_t seconds) const {
+  const std::uint32_t age = (now - page.stamp()) & Page::kStampMask;
+  return age >= (page.discarded() ? std::max(seconds, kZapSeconds) : seconds);
+}
+
 // Looks at what lies broken or dropped in [from, to), and does what can be done for it.
 void Engine::TendBroken(const Region& region, Address from, Address to) {
   const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));
@@ -65,7 +74,7 @@ void Engine::TendBroken(const Region& region, Address from, Address to) {
     auto ripe = [&](Page page) {
       // Under a synchronous breaker no sweep tells whether a broken page is still.
       return !region.sync_break && page.state() == PageState::kBroken && !page.busy() && !page.unconfirmed() && (page.tries() >= 1 || (now_ && seconds == 0)) &&
-             (page.tries() != kLookedAt || look_again) && ((now - page.stamp()) & Page::kStampMask) >= seconds;
+             (page.tries() != kLookedAt || look_again) && OldEnough(page, now, seconds);
     };
     if (!ripe(first)) {
       at += page_;
@@ -144,12 +153,14 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
     if (!pool_.Shows(mapping, a, table_.Load(a).value())) return false;
   }
   KSMU_TEST_POINT("remerge.begin", run.start, run.bytes);
+  const std::uint32_t now = NowSeconds();
   {
     std::lock_guard lock(events_mutex_);
     for (Address a = run.start; a < run.end(); a += page_) {
       const Page page = table_.Load(a);
       // What the caller has judged must be what is taken.
       if (page.state() != expected || page.busy()) return false;
+      if (expected != PageState::kDropped && page.discarded() && !OldEnough(page, now, 0)) return false;
     }
     std::size_t i = 0;
     for (Address a = run.start; a < run.end(); a += page_, ++i) {

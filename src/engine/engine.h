@@ -177,6 +177,7 @@ class Engine {
   void TendBroken(const Region& region, Address from, Address to);
   void TendDropped(const Region& region, Span span);
   void TendRun(const Region& region, Span run);
+  bool OldEnough(Page page, std::uint32_t now, std::uint32_t seconds) const;
   std::size_t Remerge(Span run);
   int Detach(const Region& region, Span run, PageState expected);  // back to anonymous memory, contents kept
   void NoteWritten(Span taken);

@@ -30,6 +30,7 @@ void Engine::MarkDiscarded(Address a, Words* word) {
   for (;;) {
     if (!from.covers() && !from.busy()) return;
     Page to = from.WithDiscarded(true);
+    if (from.covers()) to = to.WithStamp(NowSeconds());  // see OldEnough
     // A page in the scanner's hands is only marked; the scanner looks at the mark when it lets go.
     const bool counted = !from.busy() && (from.state() == PageState::kMerged || from.state() == PageState::kBroken);
     if (counted) to = to.WithState(PageState::kDropped).WithUnconfirmed(false);
