@@ -165,6 +165,7 @@ class Engine {
   // How many pages from the start can be taken now; *reason for the one after them.
   void NoteDiscards(Span run, std::size_t from);
   bool DiscardInFlight(Address page, std::uint64_t now) const;
+  void LookAtPages(Address start, Address limit);
   std::size_t Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes, Reason* reason);
   Reason WhyNotTaken(Address page, int error, Span rest, bool* healed);
   void RefreshAttributes();
@@ -235,6 +236,7 @@ class Engine {
   bool now_ = false;              // ksmu_merge: pages need not have been still
   std::size_t mappings_at_pass_ = 0;  // counted once a pass, 0: not yet
   std::size_t maps_at_pass_ = 0;      // maps_used_ at that moment
+  std::size_t max_mappings_ = 0;      // the kernel's limit, read then
   std::size_t chunk_ = 0;
   std::byte* buffer_ = nullptr;   // the pages of a segment
   std::size_t buffer_used_ = 0;   // bytes of buffer_ that have ever been touched
@@ -247,6 +249,15 @@ class Engine {
   std::size_t twins_size_ = 0;
   Address* zeros_ = nullptr;
   std::size_t zeros_size_ = 0;
+  // What Fit has seen, good for the batch in hand.
+  struct Look {
+    os::Mapping mapping;
+    Span scanned;
+    std::size_t runs = 0;
+  };
+  static constexpr std::size_t kLookRuns = kMaxSegmentPages;
+  Look look_;
+  os::PageRun* look_runs_ = nullptr;
   base::OwnVector<os::AttributedMapping> attributes_;
   std::uint64_t attributes_until_ = 0, attributes_cost_ = 0;
   base::OwnVector<Address> unwaitable_;  // sorted page addresses

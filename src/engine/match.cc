@@ -53,6 +53,7 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
   const std::size_t read = ReadPages(pages, count);
   Add(counters_.pages_scanned, static_cast<std::int64_t>(read));
   plan_size_ = twins_size_ = zeros_size_ = 0;
+  look_ = Look{};
   for (std::size_t i = 0; i < count; ++i) {
     if (unread_[i / 64] >> i % 64 & 1) continue;  // left as it is, with its reason
     MatchPage(pages[i], buffer_ + i * page_);
@@ -66,6 +67,7 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
   MergePlanned(plan_, plan_size_);
   std::sort(twins_, twins_ + twins_size_, [](const Planned& a, const Planned& b) { return a.page < b.page; });
   MergePlanned(twins_, twins_size_);
+  gate_.FlushStaging();
   return read;
 }
 

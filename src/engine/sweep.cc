@@ -33,6 +33,7 @@ Engine::Engine(os::System& system, const Tunables& tunables, std::uint64_t seed)
 Engine::~Engine() {
   if (buffer_) base::UnmapOwnPages(buffer_, kSegmentBytes + 2 * page_);
   if (runs_) base::UnmapOwnPages(runs_, kRuns * sizeof(os::PageRun));
+  if (look_runs_) base::UnmapOwnPages(look_runs_, kLookRuns * sizeof(os::PageRun));
   if (plan_) base::UnmapOwnPages(plan_, 2 * kMaxSegmentPages * sizeof(Planned));
   if (zeros_) base::UnmapOwnPages(zeros_, 2 * kMaxSegmentPages * sizeof(Address));
   if (moves_) base::UnmapOwnPages(moves_, sizeof(*moves_));
@@ -41,10 +42,11 @@ Engine::~Engine() {
 int Engine::Start() {
   buffer_ = static_cast<std::byte*>(base::MapOwnPages(kSegmentBytes + 2 * page_));
   runs_ = static_cast<os::PageRun*>(base::MapOwnPages(kRuns * sizeof(os::PageRun)));
+  look_runs_ = static_cast<os::PageRun*>(base::MapOwnPages(kLookRuns * sizeof(os::PageRun)));
   plan_ = static_cast<Planned*>(base::MapOwnPages(2 * kMaxSegmentPages * sizeof(Planned)));
   zeros_ = static_cast<Address*>(base::MapOwnPages(2 * kMaxSegmentPages * sizeof(Address)));
   moves_ = static_cast<std::array<Moved, kMaxMoves>*>(base::MapOwnPages(sizeof(*moves_)));
-  if (!buffer_ || !runs_ || !plan_ || !zeros_ || !moves_) return -ENOMEM;
+  if (!buffer_ || !runs_ || !look_runs_ || !plan_ || !zeros_ || !moves_) return -ENOMEM;
   scratch_ = buffer_ + kSegmentBytes;
   event_scratch_ = scratch_ + page_;
   twins_ = plan_ + kMaxSegmentPages;
