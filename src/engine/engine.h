@@ -145,7 +145,9 @@ class Engine {
 
   // match.cc
   std::size_t HashAndMatch(const Region& region, const Address* pages, std::size_t count);
-  std::size_t ReadPages(const Address* pages, std::size_t count);
+  std::size_t ReadPages(const Address* pages, std::size_t count, std::byte* into);
+  std::byte* ReadBuffer(std::size_t count);
+  void ForgetReadBuffer();
   void MatchPage(Address page, const std::byte* bytes);
   frames::Frame FrameWithRoom(frames::Frame head, const std::byte* bytes);
   frames::Frame Publish(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
@@ -238,9 +240,13 @@ class Engine {
   std::size_t maps_at_pass_ = 0;      // maps_used_ at that moment
   std::size_t max_mappings_ = 0;      // the kernel's limit, read then
   std::size_t chunk_ = 0;
-  std::byte* buffer_ = nullptr;   // the pages of a segment
+  static constexpr std::size_t kReadPages = kMaxRunPages;  // read and hashed at a time
+  static constexpr std::size_t kHugeBytes = std::size_t{2} << 20;
+  std::byte* buffer_ = nullptr;   // kReadPages pages
   std::size_t buffer_used_ = 0;   // bytes of buffer_ that have ever been touched
-  std::array<std::uint64_t, kMaxSegmentPages / 64> unread_{};  // pages of the segment that could not be read
+  std::byte* huge_ = nullptr;     // the same in a huge page
+  std::size_t huge_used_ = 0;     // what it takes now
+  std::array<std::uint64_t, kReadPages / 64> unread_{};  // pages of the portion that could not be read
   std::byte* scratch_ = nullptr;  // one page
   os::PageRun* runs_ = nullptr;
   Planned* plan_ = nullptr;       // of the segment in hand: its own pages, then their twins elsewhere
