@@ -64,7 +64,7 @@ bool ParseInteger(const char* text, std::int64_t* value) {
 }
 
 // Values that the environment gives to tunables, once. 0 or EINVAL with a sentence.
-int ReadEnvironment(engine::RuntimeOptions* options, std::int64_t* max_maps) {
+int ReadEnvironment(engine::RuntimeOptions* options) {
   for (const Tunable& tunable : kTunables) {
     char name[64] = "KSMU_";
     std::size_t n = 5;
@@ -78,7 +78,6 @@ int ReadEnvironment(engine::RuntimeOptions* options, std::int64_t* max_maps) {
       Fail(EINVAL, sentence.text);
       return EINVAL;
     }
-    if (tunable.value == &g_settings.max_maps) *max_maps = value;
     tunable.value->store(value, std::memory_order_relaxed);
   }
   if (const char* cpus = secure_getenv("KSMU_CPUS")) {
@@ -214,8 +213,7 @@ Use::Use(Start start) {
       error_ = WakeInherited();
     } else {
       engine::RuntimeOptions options;
-      std::int64_t max_maps = 0;
-      error_ = ReadEnvironment(&options, &max_maps);
+      error_ = ReadEnvironment(&options);
       if (!error_ && (secure_getenv("KSMU_BROKER") || secure_getenv("KSMU_DOMAIN"))) {
         error_ = EOPNOTSUPP;
         Fail(EOPNOTSUPP, "KSMU_BROKER or KSMU_DOMAIN is set, and this build of the library has no broker: unset it");
@@ -251,10 +249,9 @@ int ksmu_start(const struct ksmu_options* given, size_t size) {
   if (InRawChild()) return Fail(EAGAIN, "this process was made by a raw clone(2): the library cannot be started here");
   std::lock_guard lock(s.mutex);
   engine::RuntimeOptions options;
-  std::int64_t max_maps = 0;
   const bool running = s.runtime.load(std::memory_order_relaxed) != nullptr;
   if (s.stopping.load(std::memory_order_relaxed)) return Fail(EAGAIN, "the library is being stopped");
-  if (!running && ReadEnvironment(&options, &max_maps)) return -1;
+  if (!running && ReadEnvironment(&options)) return -1;
   if (running) options.user_mode_only = s.options.user_mode_only && s.by_first_use;
   if (wanted.broker || wanted.domain || secure_getenv("KSMU_BROKER") || secure_getenv("KSMU_DOMAIN")) {
     return Fail(EOPNOTSUPP, "a broker or a domain is asked for, and this build of the library has no broker");

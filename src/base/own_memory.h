@@ -50,8 +50,6 @@ class OwnVector {
   T& back() { return data_[size_ - 1]; }
   void clear() { size_ = 0; }
   void pop_back() { --size_; }
-  void truncate(std::size_t n) { if (n < size_) size_ = n; }
-  std::size_t capacity_bytes() const { return bytes_; }
 
   // False: no memory, nothing changed.
   bool reserve(std::size_t n) {

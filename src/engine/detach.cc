@@ -169,7 +169,6 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
       held_marks_[i] = page.discarded();
       held_moved_[i] = false;
       // From here on the mark means: discarded since it was taken out.
-      if (page.discarded()) table_.FindSegment(a)->marked.fetch_sub(1, std::memory_order_relaxed);
       while (!Change(word, page, page.WithBusy(true).WithDiscarded(false))) {
       }
     }
@@ -223,7 +222,6 @@ void Engine::LetGo() {
     if (fresh_mark && page.state() != PageState::kResidue) to = to.WithState(PageState::kDropped).WithUnconfirmed(false);
     while (!Change(word, page, to)) {
     }
-    if (mark && !fresh_mark) table_.FindSegment(a)->marked.fetch_add(1, std::memory_order_relaxed);
     if (to.state() == PageState::kDropped && page.state() == PageState::kMerged) pool_.Unshare(page.value());
     if (to.state() == PageState::kDropped && page.unconfirmed()) pool_.Unpin(page.value());
   }

@@ -130,7 +130,7 @@ class Engine {
   // words.cc: transitions, with their counters
   bool Change(Words* word, Page& from, Page to);  // compare and swap; `from` is reloaded on failure
   void Set(Address a, Page to);                   // scanner, page not in an event's reach
-  void MarkDiscarded(Address a, Words* word);     // event thread
+  void MarkDiscarded(Words* word);                // event thread
   std::size_t RunStartsAt(Address a) const;       // runs that begin at the page or at the one after it
   void ForgetPage(Address a, Words* word);        // the page is in nobody's run any more: gives up frame and cover
   void ForgetRange(Span span);

@@ -104,7 +104,7 @@ void Engine::OnRemove(os::Context context, Address start, Address end) {
     for (Address a = start; a < end; a += page_) {
       const Address known = Translate(a);
       if (known == a) continue;
-      if (Words* word = table_.Find(known)) MarkDiscarded(known, word);
+      if (Words* word = table_.Find(known)) MarkDiscarded(word);
     }
   }
   Address fill_from = 0, fill_to = 0;
@@ -118,7 +118,7 @@ void Engine::OnRemove(os::Context context, Address start, Address end) {
     for (Address a = low; a < high; a += page_) {
       Words* word = table_.Word(segment, (a - segment->start) / page_);
       if (!word) continue;
-      MarkDiscarded(a, word);
+      MarkDiscarded(word);
       const Page page(word->load(std::memory_order_acquire));
       if (page.busy() || !page.covers()) continue;
       if (a != fill_to) {
@@ -382,12 +382,7 @@ bool Engine::ApplyMoves() {
       const Page after = over_frame ? Page().WithState(PageState::kDropped).WithValue(page.value()).WithDiscarded(true) : Page();
       while (!Change(old_word, page, after)) {
       }
-      if (over_frame) table_.FindSegment(a)->marked.fetch_add(1, std::memory_order_relaxed);
       maps_used_ += RunStartsAt(a) + RunStartsAt(new_page) - starts;
-      if (page.discarded()) {
-        table_.FindSegment(a)->marked.fetch_sub(1, std::memory_order_relaxed);
-        table_.FindSegment(to.start + (a - moved.from))->marked.fetch_add(1, std::memory_order_relaxed);
-      }
     }
     const std::size_t n = move_count_.load(std::memory_order_relaxed);
     for (std::size_t i = 1; i < n; ++i) (*moves_)[i - 1] = (*moves_)[i];

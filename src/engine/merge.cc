@@ -195,7 +195,6 @@ bool Engine::MarkBusy(Span run) {
       return false;
     }
     Page page(word->load(std::memory_order_acquire));
-    if (page.discarded()) table_.FindSegment(a)->marked.fetch_sub(1, std::memory_order_relaxed);
     while (!Change(word, page, page.WithBusy(true).WithDiscarded(false))) {
     }
   }
@@ -289,7 +288,6 @@ void Engine::Book(Span run, Frame first) {
       Page to = Page().WithValue(frame).WithDiscarded(gone);
       to = to.WithState(gone ? PageState::kDropped : PageState::kMerged);
       if (!Change(word, from, to)) continue;
-      if (gone && !from.discarded()) table_.FindSegment(a)->marked.fetch_add(1, std::memory_order_relaxed);
       if (gone) pool_.Unshare(frame);
       Add(counters_.merged_total, 1);
       break;

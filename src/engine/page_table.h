@@ -35,7 +35,6 @@ struct Segment {
   std::uint16_t unsettled = 0;         // pages that the next sweep has to look at whatever it finds; scanner only
   std::uint8_t backoff = 0;            // sweeps to leave out are 2^backoff - 1; scanner only
   std::uint8_t wait = 0;               // sweeps still to be left out
-  std::atomic<std::uint16_t> marked{0};  // pages that carry the discarded mark: tells a fork event what to copy
 };
 
 class PageTable {

@@ -25,7 +25,7 @@ void Engine::Set(Address a, Page to) {
 
 // A discard was announced. The mark is sticky: from now on a fault that finds no page here is answered with zeros,
 // whatever happens to the page in between, until the page is attached anew. So marking twice, early or late does no harm.
-void Engine::MarkDiscarded(Address a, Words* word) {
+void Engine::MarkDiscarded(Words* word) {
   Page from(word->load(std::memory_order_acquire));
   for (;;) {
     if (!from.covers() && !from.busy()) return;
@@ -36,7 +36,6 @@ void Engine::MarkDiscarded(Address a, Words* word) {
     if (counted) to = to.WithState(PageState::kDropped).WithUnconfirmed(false);
     if (to.word() == from.word()) return;
     if (!Change(word, from, to)) continue;
-    if (!from.discarded()) table_.FindSegment(a)->marked.fetch_add(1, std::memory_order_relaxed);
     if (counted) {
       Add(counters_.discards, 1);
       if (from.state() == PageState::kMerged) pool_.Unshare(from.value());
@@ -62,7 +61,6 @@ void Engine::ForgetPage(Address a, Words* word) {
   while (!Change(word, from, Page())) {
   }
   if (from.covers()) maps_used_ += RunStartsAt(a) - before;
-  if (from.discarded()) table_.FindSegment(a)->marked.fetch_sub(1, std::memory_order_relaxed);
   if (!from.covers()) return;
   if (from.state() == PageState::kMerged) pool_.Unshare(from.value());
   if (from.unconfirmed()) pool_.Unpin(from.value());
