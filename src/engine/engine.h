@@ -94,6 +94,10 @@ class Engine {
   // The contexts to wait on. Event thread.
   std::size_t EventContexts(os::Context* contexts, std::size_t capacity);
 
+  // Moves of the program's that could not be noted, and children that could not be served.
+  bool lost_moves() const { return lost_moves_.load(std::memory_order_relaxed); }
+  std::int64_t unserved_children() const { return unserved_children_.load(std::memory_order_relaxed); }
+
   // --- statistics --------------------------------------------------------------------------------------------------
   const Counters& counters() const { return counters_; }
   std::size_t pages_shared() const { return pool_.shared(); }
@@ -287,6 +291,7 @@ class Engine {
   std::array<Moved, kMaxMoves>* moves_ = nullptr;  // of the program, not yet followed; under events_mutex_
   std::atomic<std::size_t> move_count_{0};
   std::atomic<bool> lost_moves_{false};
+  std::atomic<std::int64_t> unserved_children_{0};
   ChildList children_;                       // under events_mutex_
 };
 

@@ -249,6 +249,7 @@ void Engine::OnFork(os::Context context, Child* parent, os::Context child_contex
   Child* child = children_.Add(child_context, context == os::kSyncBreaker || (parent && parent->sync));
   if (!child) {
     system_.CloseContext(child_context);  // its memory stays valid; raw discards in it are not seen
+    unserved_children_.fetch_add(1, std::memory_order_relaxed);
     return;
   }
   Add(counters_.children, 1);

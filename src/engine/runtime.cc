@@ -24,7 +24,8 @@ int Runtime::Start(const Settings& settings, const RuntimeOptions& options, Runt
     return -ENOMEM;
   }
   auto* runtime = new (memory) Runtime(settings, options);
-  int result = os::StartThread(&runtime->scanner_, &Runtime::ScannerMain, runtime);
+  int result = runtime->log_.Start(options.log, options.log_cookie);
+  if (!result && (result = os::StartThread(&runtime->scanner_, &Runtime::ScannerMain, runtime))) runtime->log_.Stop();
   if (result) {
     error->Set("no thread could be started: RLIMIT_NPROC, the cgroup's pids.max or memory is exhausted");
   } else {
@@ -36,6 +37,7 @@ int Runtime::Start(const Settings& settings, const RuntimeOptions& options, Runt
     result = runtime->start_error_;
     *error = runtime->start_text_;
     os::JoinThread(runtime->scanner_);
+    runtime->log_.Stop();
   }
   runtime->~Runtime();
   base::UnmapOwnPages(memory, sizeof(Runtime));
@@ -44,6 +46,7 @@ int Runtime::Start(const Settings& settings, const RuntimeOptions& options, Runt
 
 void Runtime::Join(Runtime* runtime) {
   os::JoinThread(runtime->scanner_);
+  runtime->log_.Stop();
   // Callers that have just been told so may still be looking at their slots.
   for (Slot& slot : runtime->slots_) {
     while (slot.state.load(std::memory_order_acquire) != kFree) os::FutexWait(&slot.state, slot.state.load(), kMillisecond);
@@ -201,7 +204,11 @@ bool Runtime::RunCommands() {
       os::JoinThread(event_);
       options_.inheritance->KeepFiles(*engine_);
       options_.inheritance->file_count = options_.inheritance->child_file_count;
+      Report();
+      const std::uint64_t now = system_->NowNanoseconds();
+      const std::size_t kept = engine_->frames_live();
       CloseEngine();
+      ReportStop(now, kept);
     }
     Answer(oldest);
     if (!stopped) continue;
@@ -250,6 +257,7 @@ void Runtime::Run(Command* command, Slot* slot) {
       break;
     case Command::kUnmerge:
       command->result = engine.Unmerge(command->span);
+      unmerge_refused_ |= command->result == -ENOMEM;
       if (command->result == 0 && engine.HasHoles(command->span)) command->result = -ENOMEM;
       break;
     case Command::kRelease:
@@ -278,9 +286,11 @@ void Runtime::Run(Command* command, Slot* slot) {
     }
     case Command::kUnmergeAll:
       command->result = engine.UnmergeAll(false);
+      unmerge_refused_ |= command->result == -ENOMEM;
       break;
     case Command::kStop:
       command->result = engine.UnmergeAll(true);
+      unmerge_refused_ |= command->result == -ENOMEM;
       // Frames that a child may still map cannot be given up, and show through raw discards once nobody watches: a child
       // that is about to exit is waited for. With one that stays, see docs/limits.md.
       for (int i = 0; command->result == 0 && i < kStopPatience && engine.ReclaimNow(); ++i) {
@@ -389,7 +399,9 @@ void Runtime::InheritRegions() {
 }
 
 void Runtime::ScannerLoop() {
+  ReportStart();
   while (RunCommands()) {
+    Report();
     if (pause_.load(std::memory_order_acquire)) {
       Park();
       continue;
