@@ -324,7 +324,8 @@ struct ksmu_region_stats {
   int64_t pages_zero;
   int64_t pages_unmerged;              /* the sum of unmerged[] */
   int64_t unmerged[KSMU_REASON_SLOTS]; /* pages by KSMU_REASON_* */
-  int64_t excluded_bytes; /* bytes of [start, start + length) that cannot be merged, whatever they contain */
+  int64_t excluded_bytes; /* bytes of [start, start + length) that could not be merged, whatever they contain, when they
+                             were advised; they are left alone until they are advised again */
   int64_t excluded_cause; /* why, for the first of them, as ksmu_advise has it: EOPNOTSUPP, ENOMEM, EBUSY; else 0 */
 };
 

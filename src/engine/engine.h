@@ -63,6 +63,8 @@ class Engine {
   int Unmap(Span span);
   // `cancelled` is polled between segments.
   std::int64_t Merge(Span span, bool (*cancelled)(void*), void* cookie);
+  // In a forked child: what could not be merged when the parent was advised of it.
+  void InheritExcluded(const Region& part) { excluded_.Set(part); }
   // Every region; with `forget` the regions end as well (ksmu_stop).
   int UnmergeAll(bool forget);
 
@@ -106,6 +108,8 @@ class Engine {
   std::size_t metadata_bytes() const;
   std::size_t maps_used() const { return maps_used_; }  // runs: each is a mapping, whatever lies around it
   const RegionList& regions() const { return regions_; }
+  const RegionList& excluded() const { return excluded_; }
+  bool NextAdvised(Address a, AdvisedRegion* out) const { return engine::NextAdvised(regions_, excluded_, a, out); }
   RegionCounts CountRegion(Span span) const;
   Page Explain(Address a) const { return table_.Load(a); }
   std::uint32_t SharersOf(Page page) const {
@@ -201,6 +205,7 @@ class Engine {
   void SettlePins();
   void Untrack(Span span);
   bool IsInherited(const os::Mapping& mapping) const;
+  bool Exclude(Span span, const base::OwnVector<Region>& parts);
 
   // events.cc
   void HandleContext(os::Context context, Child* child);
@@ -225,6 +230,7 @@ class Engine {
   Counters counters_;
   PageTable table_;
   RegionList regions_;
+  RegionList excluded_;  // what was advised with them and cannot be merged, where no region is; scanner only
   frames::ForkWatch forks_;
   frames::Pool pool_;
   frames::Index index_;

@@ -362,6 +362,7 @@ bool Engine::ApplyMoves() {
     region.end = to.end();
     region.owned = false;
     if (to.end() > PageTable::kLimit || !table_.MakeRange(to) || !regions_.Set(region)) return false;
+    excluded_.Erase(to);
     // The program's own MREMAP_DONTUNMAP leaves the old mapping: empty, but over the frames still.
     os::Mapping left;
     const bool stays = system_.QueryMapping(moved.from, &left) == 0 && left.start <= moved.from;

@@ -255,6 +255,16 @@ void Runtime::Run(Command* command, Slot* slot) {
       pass_sleep_ns_ = 0;
       next_scan_at_ = std::min(next_scan_at_, system_->NowNanoseconds() + kFirstPassSleep);
       break;
+    case Command::kExclude: {
+      Region part;
+      part.start = command->span.start;
+      part.end = command->span.end();
+      part.promise = command->promise;
+      part.sync_break = command->sync_break;
+      part.cause = command->cause;
+      engine.InheritExcluded(part);
+      break;
+    }
     case Command::kUnmerge:
       command->result = engine.Unmerge(command->span);
       unmerge_refused_ |= command->result == -ENOMEM;
@@ -306,24 +316,17 @@ void Runtime::Run(Command* command, Slot* slot) {
       g.metadata = engine.metadata_bytes();
       g.maps = engine.maps_used();
       g.regions = g.region_bytes = 0;
-      for (std::size_t i = 0; i < engine.regions().size(); ++i) {
-        if (engine.regions()[i].kind != Region::kMergeable) continue;
+      AdvisedRegion region;
+      for (Address at = 0; engine.NextAdvised(at, &region); at = region.whole.end) {
         ++g.regions;
-        g.region_bytes += engine.regions()[i].span().bytes;
+        g.region_bytes += region.whole.span().bytes;
       }
       command->result = 0;
       break;
     }
     case Command::kRegion: {
-      command->result = -ENOENT;
-      for (const Region* region = engine.regions().Next(command->span.start); region;
-           region = engine.regions().Next(region->end)) {
-        if (region->kind != Region::kMergeable) continue;
-        command->region = *region;
-        command->counts = engine.CountRegion(region->span());
-        command->result = 0;
-        break;
-      }
+      command->result = engine.NextAdvised(command->span.start, &command->region) ? 0 : -ENOENT;
+      if (command->result == 0) command->counts = engine.CountRegion(command->region.whole.span());
       break;
     }
     case Command::kExplain: {
@@ -370,11 +373,12 @@ void Runtime::Pause() {
   while (parked_.load(std::memory_order_seq_cst) == 0) os::FutexWait(&parked_, 0, 100 * kMillisecond);
   inheritance->region_count = 0;
   if (!engine_) return;  // it has just ended
-  const RegionList& regions = engine_->regions();
-  for (std::size_t i = 0; i < regions.size() && inheritance->region_count < Inheritance::kMaxRegions; ++i) {
-    const Region& r = regions[i];
-    if (r.kind != Region::kMergeable) continue;
-    inheritance->regions[inheritance->region_count++] = {r.start, r.end, r.promise, r.sync_break, r.owned};
+  for (const RegionList* list : {&engine_->regions(), &engine_->excluded()}) {
+    for (std::size_t i = 0; i < list->size() && inheritance->region_count < Inheritance::kMaxRegions; ++i) {
+      const Region& r = (*list)[i];
+      if (r.kind != Region::kMergeable) continue;
+      inheritance->regions[inheritance->region_count++] = {r.start, r.end, r.promise, r.sync_break, r.owned, r.cause};
+    }
   }
   inheritance->KeepFiles(*engine_);
 }
@@ -389,7 +393,8 @@ void Runtime::InheritRegions() {
   for (std::size_t i = 0; i < inheritance.region_count; ++i) {
     const Inheritance::Entry& entry = inheritance.regions[i];
     Command command;
-    command.kind = Command::kAdvise;
+    command.kind = entry.cause ? Command::kExclude : Command::kAdvise;
+    command.cause = entry.cause;
     command.span = {entry.start, entry.end - entry.start};
     command.promise = entry.promise;
     command.sync_break = entry.sync_break;

@@ -34,6 +34,7 @@ struct Inheritance {
   struct Entry {
     Address start, end;
     bool promise, sync_break, owned;
+    std::uint8_t cause;  // not 0: excluded
   };
   std::size_t region_count = 0;
   std::array<Entry, kMaxRegions> regions;
@@ -55,13 +56,14 @@ struct RuntimeOptions {
 };
 
 struct Command {
-  enum Kind : std::uint8_t { kAdvise, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kStats, kRegion, kExplain, kStop };
+  enum Kind : std::uint8_t { kAdvise, kExclude, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kStats, kRegion, kExplain, kStop };
   Kind kind = kStats;
   Span span;
   bool promise = false, sync_break = false, owned = false;
+  std::uint8_t cause = 0;  // kExclude
   std::int64_t result = 0;  // 0 or a count, or -errno
   // Results of the reading commands.
-  Region region;
+  AdvisedRegion region;
   RegionCounts counts;
   Page page;
   bool in_region = false, huge = false;
