@@ -288,7 +288,14 @@ TEST_F(PoolTest, NoPoolIsAnAnswer) {
   sys.file_size_limit = UINT64_MAX;
   for (const char* refused : {"CreateFile", "MapFile"}) {
     sys.hooks.before = [&](os::FakeCall& call) { return std::string_view(call.name) == refused ? -EMFILE : 0; };
+    int open = 0;
+    sys.hooks.after = [&](const os::FakeCall& call) {
+      open += std::string_view(call.name) == "CreateFile" && std::string_view(refused) != "CreateFile";
+      open -= std::string_view(call.name) == "CloseFile";
+    };
     EXPECT_EQ(pool->Allocate(), kNoFrame) << refused;
+    EXPECT_EQ(open, 0) << "a file has been left behind";
+    sys.hooks.after = nullptr;
   }
   EXPECT_EQ(pool->in_use(), 0u);
   sys.hooks.before = nullptr;
@@ -345,6 +352,11 @@ TEST_F(ForkWatchTest, AnEpochEndsWithTheFirstForkInIt) {
   EXPECT_TRUE(forks->NoChildSince(1));
   EXPECT_EQ(forks->epoch(), 2);
   EXPECT_FALSE(forks->NoChildSince(3)) << "there is no such epoch";
+  const os::ProcessId third = Fork();
+  EXPECT_FALSE(forks->NoChildSince(2));
+  EXPECT_EQ(forks->epoch(), 3);
+  EXPECT_TRUE(forks->NoChildSince(3)) << "asked about before it began, and good all the same";
+  sys.Exit(third);
 }
 
 TEST_F(ForkWatchTest, EpochsRunOutAndStaySafe) {
