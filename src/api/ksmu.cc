@@ -328,7 +328,7 @@ int ksmu_set(const char* name, int64_t value) {
   if (tunable->value == &settings().max_page_sharing && value != settings().max_page_sharing.load() && use.runtime()) {
     if (ReadStats().pages_merged != 0) return Fail(EBUSY, "pages are shared: set run to 2 first");
   }
-  tunable->value->store(value, std::memory_order_relaxed);
+  SetByProgram(tunable, value);
   if (!use.runtime()) return keep.Succeed();
   if (tunable->value == &settings().run && value == 2) {
     Command command;
