@@ -472,6 +472,10 @@ TEST_F(IndexTest, PagesAndFramesAreToldApart) {
   int zero = 0;
   index.Lookup(0, [&](const Index::Entry& e) { return zero += e.is_frame && e.frame == 0, Visit::kNext; });
   EXPECT_EQ(zero, 1) << "frame 0 of hash 0 is not an empty slot";
+  InsertPage(1, 0);
+  InsertPage(2, 1);
+  EXPECT_EQ(Pages(1).count(0), 1u) << "nor is page 0";
+  EXPECT_EQ(Pages(2).count(1), 1u) << "nor is page 1 an erased one";
 }
 
 TEST_F(IndexTest, EqualHashesAreAllVisitedUntilTheVisitorHasEnough) {
