@@ -30,6 +30,32 @@ TEST(OwnPages, AreZeroedAlignedAndCounted) {
   EXPECT_EQ(OwnBytesMapped(), before);
 }
 
+TEST(OwnPages, HugeOnesAreAlignedAndNothingIsLeftAroundThem) {
+  constexpr std::size_t kHuge = std::size_t{2} << 20;
+  constexpr std::size_t kUnit = 64 * 1024;  // what lengths are rounded up to
+  const std::size_t before = OwnBytesMapped();
+  for (const std::size_t bytes : {std::size_t{1}, kHuge, kHuge + 1}) {
+    const std::size_t rounded = (bytes + kHuge - 1) / kHuge * kHuge;
+    auto* pages = static_cast<unsigned char*>(MapOwnHugePages(bytes));
+    ASSERT_NE(pages, nullptr);
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(pages) % kHuge, 0u);
+    EXPECT_EQ(OwnBytesMapped(), before + rounded);
+    for (std::size_t i = 0; i < rounded; i += 512) {
+      ASSERT_EQ(pages[i], 0);
+      pages[i] = 1;
+    }
+    ForgetOwnPages(pages + kUnit, kUnit);
+    EXPECT_EQ(pages[0], 1);
+    EXPECT_EQ(pages[kUnit], 0) << "given back";
+    EXPECT_EQ(pages[kUnit - 512], 1);
+    EXPECT_EQ(pages[2 * kUnit], 1);
+    UnmapOwnPages(pages, rounded);
+    EXPECT_EQ(OwnBytesMapped(), before);
+  }
+  EXPECT_EQ(MapOwnHugePages(kImpossible), nullptr);
+  EXPECT_EQ(OwnBytesMapped(), before);
+}
+
 TEST(OwnVector, GrowsAndKeepsItsElements) {
   const std::size_t before = OwnBytesMapped();
   {

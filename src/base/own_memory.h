@@ -19,6 +19,10 @@ namespace ksmu::base {
 // up to pages; untouched pages cost nothing.
 void* MapOwnPages(std::size_t bytes);
 void UnmapOwnPages(void* pages, std::size_t bytes);
+// The same, aligned to 2 MiB and huge where transparent huge pages are to be had. `bytes` is rounded up to 2 MiB.
+void* MapOwnHugePages(std::size_t bytes);
+// Gives the memory back; the pages stay mapped, zeroed.
+void ForgetOwnPages(void* pages, std::size_t bytes);
 // Bytes now mapped by MapOwnPages, touched or not.
 std::size_t OwnBytesMapped();
 

@@ -555,13 +555,14 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   }
   if (pool_.ReclaimDue()) pool_.Reclaim(&Engine::ForgetFrame, this);
   now_ = false;
+  ForgetReadBuffer();
   return done() - before;
 }
 
 std::size_t Engine::metadata_bytes() const {
   // Scratch memory counts as far as it has been used.
-  return table_.metadata_bytes() + regions_.metadata_bytes() + excluded_.metadata_bytes() + pool_.metadata_bytes() + index_.metadata_bytes() +
-         buffer_used_;
+  return table_.metadata_bytes() + regions_.metadata_bytes() + excluded_.metadata_bytes() + pool_.metadata_bytes() +
+         index_.metadata_bytes() + buffer_used_ + huge_used_;
 }
 
 }  // namespace ksmu::engine

@@ -153,7 +153,9 @@ class Engine {
 
   // match.cc
   std::size_t HashAndMatch(const Region& region, const Address* pages, std::size_t count);
-  std::size_t ReadPages(const Address* pages, std::size_t count);
+  std::size_t ReadPages(const Address* pages, std::size_t count, std::byte* into);
+  std::byte* ReadBuffer(std::size_t count);
+  void ForgetReadBuffer();
   void MatchPage(Address page, const std::byte* bytes);
   frames::Frame FrameWithRoom(frames::Frame head, const std::byte* bytes);
   frames::Frame Publish(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
@@ -173,6 +175,7 @@ class Engine {
   // How many pages from the start can be taken now; *reason for the one after them.
   void NoteDiscards(Span run, std::size_t from);
   bool DiscardInFlight(Address page, std::uint64_t now) const;
+  void LookAtPages(Address start, Address limit);
   std::size_t Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes, Reason* reason);
   Reason WhyNotTaken(Address page, int error, Span rest, bool* healed);
   void RefreshAttributes();
@@ -245,10 +248,15 @@ class Engine {
   bool now_ = false;              // ksmu_merge: pages need not have been still
   std::size_t mappings_at_pass_ = 0;  // counted once a pass, 0: not yet
   std::size_t maps_at_pass_ = 0;      // maps_used_ at that moment
+  std::size_t max_mappings_ = 0;      // the kernel's limit, read then
   std::size_t chunk_ = 0;
-  std::byte* buffer_ = nullptr;   // the pages of a segment
+  static constexpr std::size_t kReadPages = kMaxRunPages;  // read and hashed at a time
+  static constexpr std::size_t kHugeBytes = std::size_t{2} << 20;
+  std::byte* buffer_ = nullptr;   // kReadPages pages
   std::size_t buffer_used_ = 0;   // bytes of buffer_ that have ever been touched
-  std::array<std::uint64_t, kMaxSegmentPages / 64> unread_{};  // pages of the segment that could not be read
+  std::byte* huge_ = nullptr;     // the same in a huge page
+  std::size_t huge_used_ = 0;     // what it takes now
+  std::array<std::uint64_t, kReadPages / 64> unread_{};  // pages of the portion that could not be read
   std::byte* scratch_ = nullptr;  // one page
   os::PageRun* runs_ = nullptr;
   Planned* plan_ = nullptr;       // of the segment in hand: its own pages, then their twins elsewhere
@@ -257,6 +265,15 @@ class Engine {
   std::size_t twins_size_ = 0;
   Address* zeros_ = nullptr;
   std::size_t zeros_size_ = 0;
+  // What Fit has seen, good for the batch in hand.
+  struct Look {
+    os::Mapping mapping;
+    Span scanned;
+    std::size_t runs = 0;
+  };
+  static constexpr std::size_t kLookRuns = kMaxSegmentPages;
+  Look look_;
+  os::PageRun* look_runs_ = nullptr;
   base::OwnVector<os::AttributedMapping> attributes_;
   std::uint64_t attributes_until_ = 0, attributes_cost_ = 0;
   base::OwnVector<Address> unwaitable_;  // sorted page addresses

@@ -8,14 +8,14 @@
 namespace ksmu::engine {
 
 Gate::~Gate() {
-  if (staging_) system_.Unmap({reinterpret_cast<Address>(staging_), kMaxRunPages * page_});
+  if (staging_) system_.Unmap({reinterpret_cast<Address>(staging_), kStagingPages * page_});
 }
 
 int Gate::Start() {
   Address at = 0;
-  if (int error = system_.MapAnonymous(0, kMaxRunPages * page_, os::Protection::kReadWrite, &at)) return error;
+  if (int error = system_.MapAnonymous(0, kStagingPages * page_, os::Protection::kReadWrite, &at)) return error;
   staging_ = reinterpret_cast<std::byte*>(at);
-  const Span span{at, kMaxRunPages * page_};
+  const Span span{at, kStagingPages * page_};
   // Not inherited: a child must not hold the pages of a merge in hand. Never huge: pages come and go one by one.
   os::Attributes attributes;
   attributes.dont_fork = attributes.dont_dump = attributes.no_huge_page = true;
@@ -28,6 +28,7 @@ int Gate::Shut(Span run, bool zero) {
   zero_ = zero;
   run_ = run;
   pages_ = run.bytes / page_;
+  if (base_ + pages_ > kStagingPages) FlushStaging();
   for (std::size_t i = 0; i < pages_; ++i) state_[i] = kThere, gone_[i] = false;
   if (int error = system_.Unregister(os::kTracker, run)) return error;
   KSMU_TEST_POINT(zero_ ? "zero.untracked" : "merge.untracked", run.start, run.bytes);
@@ -54,7 +55,7 @@ std::size_t Gate::Take(int* error) {
   *error = 0;
   std::size_t taken = 0;
   for (int attempt = 0; taken < pages_;) {
-    const os::Partial moved = system_.Move(os::kStaging, reinterpret_cast<Address>(staging_) + taken * page_,
+    const os::Partial moved = system_.Move(os::kStaging, reinterpret_cast<Address>(Staged(taken)),
                                            run_.start + taken * page_, (pages_ - taken) * page_);
     for (std::size_t i = taken; i < taken + moved.done / page_; ++i) state_[i] = kTaken;
     taken += moved.done / page_;
@@ -75,7 +76,7 @@ std::size_t Gate::Take(int* error) {
 
 bool Gate::ReturnPage(std::size_t i) {
   const Address to = run_.start + i * page_;
-  const Address from = reinterpret_cast<Address>(staging_) + i * page_;
+  const Address from = reinterpret_cast<Address>(Staged(i));
   os::Partial moved = system_.Move(os::kGate, to, from, page_);
   if (moved.done == page_) return true;
   if (moved.error == -EAGAIN) return false;  // an event is unread: Drain, then the page may be gone
@@ -177,25 +178,28 @@ void Gate::ServeChild(os::Context child) {
   system_.CloseContext(child);
 }
 
+// Every event but a fault holds the gate's changes up until it has been read; faults need no reading, Open wakes them.
 void Gate::Drain() {
-  do {
+  while (system_.EventPending(os::kGate)) {
     ReadEvents();
-  } while (system_.EventPending(os::kGate) && (system_.Yield(), true));
-  ReadEvents();
+    system_.Yield();
+  }
 }
 
 void Gate::Drop() {
-  std::size_t i = 0;
-  while (i < pages_) {
-    if (state_[i] != kTaken) {
-      ++i;
-      continue;
-    }
-    std::size_t end = i;
-    while (end < pages_ && state_[end] == kTaken) state_[end++] = kReturned;
-    system_.Discard({reinterpret_cast<Address>(staging_) + i * page_, (end - i) * page_});
-    i = end;
+  std::size_t used = 0;
+  for (std::size_t i = 0; i < pages_; ++i) {
+    if (state_[i] != kTaken) continue;
+    state_[i] = kReturned;
+    used = i + 1;
   }
+  base_ += used;
+}
+
+void Gate::FlushStaging() {
+  if (base_ == 0) return;
+  system_.Discard({reinterpret_cast<Address>(staging_), base_ * page_});
+  base_ = 0;
 }
 
 void Gate::Open(std::size_t attached) {
@@ -235,6 +239,7 @@ bool Gate::Repair() {
       }
       run_ = r.span;
       pages_ = 0;
+      ReadEvents();
       Drain();
       system_.Wake(os::kGate, r.span);
       if (!error) error = system_.Register(os::kTracker, r.span, os::kWriteProtect);

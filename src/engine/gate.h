@@ -32,6 +32,7 @@ using os::Address;
 using os::Span;
 
 inline constexpr std::size_t kMaxRunPages = 128;  // some 100 microseconds of gate
+inline constexpr std::size_t kStagingPages = 8 * kMaxRunPages;
 
 class Gate {
  public:
@@ -46,7 +47,7 @@ class Gate {
   int Shut(Span run, bool zero = false);  // zero: an all-zero run (the names of its test points)
   // Takes pages from the start of the run; returns how many. *error says what stopped it before the end, else 0.
   std::size_t Take(int* error);
-  const std::byte* Staged(std::size_t i) const { return staging_ + i * page_; }
+  const std::byte* Staged(std::size_t i) const { return staging_ + (base_ + i) * page_; }
   bool taken(std::size_t i) const { return state_[i] == kTaken; }
   bool gone(std::size_t i) const { return gone_[i]; }
   // True if the range is still the mapping that Shut has registered, as far as anybody can tell.
@@ -55,8 +56,10 @@ class Gate {
   void GiveBack(std::size_t from, std::size_t to);
   // Reads the gate's events until none is on its way. Never between Shut and the attach.
   void Drain();
-  // Frees the staged pages that are still in staging.
+  // The staged pages that are still in staging are nobody's: FlushStaging frees them, those of many runs in one call (each
+  // is a round of interrupts to the other CPUs). Staging is flushed by itself when it is full.
   void Drop();
+  void FlushStaging();
   // [attached, end) goes back to the tracker, everybody is woken. Pages before `attached` belong to another mapping now.
   void Open(std::size_t attached);
 
@@ -87,6 +90,7 @@ class Gate {
   Counters& counters_;
   std::size_t page_;
   std::byte* staging_ = nullptr;
+  std::size_t base_ = 0;  // page of staging where the run in hand goes; what lies before it has been dropped
   Span run_;
   bool shut_ = false;
   bool zero_ = false;

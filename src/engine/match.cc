@@ -23,18 +23,17 @@ void Engine::Leave(Address a, Reason reason) {
              .WithTries(page.state() == PageState::kUnmerged ? page.tries() + 1 : std::max(page.tries(), 1u)));
 }
 
-// Reads the pages into buffer_, page i at place i. Where nothing can be read (unmapped, PROT_NONE) the page is left.
-// Through the kernel, not by plain loads: a hole is an error value here and would be a signal there.
-std::size_t Engine::ReadPages(const Address* pages, std::size_t count) {
+// Reads the pages to `into`, page i at place i. Where nothing can be read (unmapped, PROT_NONE) the page is left. Through
+// the kernel, not by plain loads: a hole is an error value here and would be a signal there.
+std::size_t Engine::ReadPages(const Address* pages, std::size_t count, std::byte* into) {
   std::size_t read = 0;
   unread_.fill(0);
-  buffer_used_ = std::max(buffer_used_, count * page_);
   for (std::size_t i = 0; i < count;) {
     std::size_t end = i + 1;
     while (end < count && pages[end] == pages[end - 1] + page_) ++end;
     std::size_t done = 0;
     while (i + done < end) {
-      const std::size_t bytes = system_.ReadProgram(pages[i + done], buffer_ + (i + done) * page_, (end - i - done) * page_);
+      const std::size_t bytes = system_.ReadProgram(pages[i + done], into + (i + done) * page_, (end - i - done) * page_);
       const std::size_t whole = bytes / page_;
       read += whole;
       done += whole;
@@ -49,14 +48,38 @@ std::size_t Engine::ReadPages(const Address* pages, std::size_t count) {
   return read;
 }
 
-std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std::size_t count) {
-  const std::size_t read = ReadPages(pages, count);
-  Add(counters_.pages_scanned, static_cast<std::int64_t>(read));
-  plan_size_ = twins_size_ = zeros_size_ = 0;
-  for (std::size_t i = 0; i < count; ++i) {
-    if (unread_[i / 64] >> i % 64 & 1) continue;  // left as it is, with its reason
-    MatchPage(pages[i], buffer_ + i * page_);
+// Where pages are read to. The kernel pins what it writes to, page by page: a huge page spares it half of the work, but is
+// worth its memory only when there is much to read; it is given back when there is no more (ForgetReadBuffer).
+std::byte* Engine::ReadBuffer(std::size_t count) {
+  if (count >= kReadPages && !huge_) huge_ = static_cast<std::byte*>(base::MapOwnHugePages(kReadPages * page_));
+  if (count >= kReadPages && huge_) {
+    huge_used_ = kHugeBytes;
+    return huge_;
   }
+  buffer_used_ = std::max(buffer_used_, std::min(count, kReadPages) * page_);
+  return buffer_;
+}
+
+void Engine::ForgetReadBuffer() {
+  if (huge_used_) base::ForgetOwnPages(huge_, kReadPages * page_);
+  huge_used_ = 0;
+}
+
+std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std::size_t count) {
+  plan_size_ = twins_size_ = zeros_size_ = 0;
+  look_ = Look{};
+  std::size_t read = 0;
+  std::byte* const bytes = ReadBuffer(count);
+  // In portions that stay in the cache between the reading and the hashing.
+  for (std::size_t first = 0; first < count; first += kReadPages) {
+    const std::size_t n = std::min(kReadPages, count - first);
+    read += ReadPages(pages + first, n, bytes);
+    for (std::size_t i = 0; i < n; ++i) {
+      if (unread_[i / 64] >> i % 64 & 1) continue;  // left as it is, with its reason
+      MatchPage(pages[first + i], bytes + i * page_);
+    }
+  }
+  Add(counters_.pages_scanned, static_cast<std::int64_t>(read));
   for (std::size_t i = 0; i < zeros_size_;) {
     std::size_t end = i + 1;
     while (end < zeros_size_ && zeros_[end] == zeros_[end - 1] + page_ && end - i < kMaxRunPages) ++end;
@@ -66,6 +89,7 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
   MergePlanned(plan_, plan_size_);
   std::sort(twins_, twins_ + twins_size_, [](const Planned& a, const Planned& b) { return a.page < b.page; });
   MergePlanned(twins_, twins_size_);
+  gate_.FlushStaging();
   return read;
 }
 

@@ -20,7 +20,7 @@ constexpr std::uint64_t kUnwaitableLive = 2'000'000;
 
 bool Engine::BudgetAllows() const {
   const auto wanted = tunables_.max_maps.load(std::memory_order_relaxed);
-  const std::size_t system_limit = system_.MaxMappings();
+  const std::size_t system_limit = max_mappings_;
   // A quarter of the kernel's limit stays the program's, whatever the tunable says.
   std::size_t limit = system_limit - system_limit / 4;
   if (wanted > 0) limit = std::min(limit, static_cast<std::size_t>(wanted));
@@ -101,23 +101,41 @@ bool Engine::DiscardInFlight(Address page, std::uint64_t now) const {
   return false;
 }
 
+// What is in the pages from `start` on, for this run and for those of the same batch that follow: to the end of the
+// segment, or of the mapping. It is some milliseconds old at most.
+void Engine::LookAtPages(Address start, Address limit) {
+  os::ScanRequest request;
+  request.required = os::kPresent | os::kFile;
+  request.inverted = os::kFile;
+  request.returned = os::kPresent | os::kWritten | os::kPfnZero;
+  const Address end = std::min(limit, (start & ~(kSegmentBytes - 1)) + kSegmentBytes);
+  const os::ScanResult scan = system_.Scan({start, end - start}, request, look_runs_, kLookRuns);
+  look_.runs = scan.error ? 0 : scan.runs;
+  look_.scanned = {start, std::max(scan.error ? end : std::min(scan.walked_to, end), start + page_) - start};
+}
+
 std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes,
                         Reason* reason) {
   *reason = Reason::kFailed;
   if (gate_.NeedsRepair()) return 0;
   if (!mappings_at_pass_) {
+    max_mappings_ = system_.MaxMappings();
     mappings_at_pass_ = system_.CountMappings();
     maps_at_pass_ = maps_used_.load(std::memory_order_relaxed);
   }
   const std::uint64_t now = system_.NowNanoseconds();
   if (now - unwaitable_at_ > kUnwaitableLive || unwaitable_at_ == 0) RefreshUnwaitable();
 
-  os::Mapping mapping;
-  if (system_.QueryMapping(start, &mapping) != 0 || mapping.start > start) {
-    ForgetRange({start, page_});
-    *reason = Reason::kNone;
-    return 0;
+  if (!(look_.mapping.start <= start && start < look_.mapping.end)) {
+    look_ = Look{};
+    if (system_.QueryMapping(start, &look_.mapping) != 0 || look_.mapping.start > start) {
+      look_ = Look{};
+      ForgetRange({start, page_});
+      *reason = Reason::kNone;
+      return 0;
+    }
   }
+  const os::Mapping& mapping = look_.mapping;
   if (!mapping.anonymous || mapping.shared || mapping.stack || mapping.special) {
     *reason = IsInherited(mapping) ? Reason::kInherited : Reason::kNone;
     return 0;
@@ -143,24 +161,19 @@ std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, 
 
   // Pages that are gone, or were written since they were found still, would only make the gate shut for nothing; and a
   // page that somebody has just written may hold a word that the kernel is about to need (a robust mutex).
-  os::ScanRequest request;
-  request.required = os::kPresent | os::kFile;
-  request.inverted = os::kFile;
-  request.returned = os::kPresent | os::kWritten | os::kPfnZero;
-  std::array<os::PageRun, 4> runs;
-  const os::ScanResult scan = system_.Scan({start, pages * page_}, request, runs.data(), runs.size());
-  if (scan.error || scan.runs == 0 || runs[0].start != start || (runs[0].categories & os::kPfnZero)) {
+  if (!(look_.scanned.start <= start && start < look_.scanned.end())) LookAtPages(start, std::min(mapping.end, region.end));
+  auto r = static_cast<std::size_t>(
+      std::upper_bound(look_runs_, look_runs_ + look_.runs, start,
+                       [](Address at, const os::PageRun& run) { return at < run.end; }) - look_runs_);
+  const auto fit = [&](const os::PageRun& run) {
+    return !(run.categories & os::kPfnZero) && (now_ || !(run.categories & os::kWritten));
+  };
+  if (r == look_.runs || look_runs_[r].start > start || !fit(look_runs_[r])) {
     *reason = Reason::kNone;  // not there any more: the next sweep sees what is
     return 0;
   }
-  if ((runs[0].categories & os::kWritten) && !now_) {
-    *reason = Reason::kNone;
-    return 0;
-  }
-  Address end = runs[0].end;
-  for (std::size_t r = 1; r < scan.runs && runs[r].start == end && now_ && !(runs[r].categories & os::kPfnZero); ++r) {
-    end = runs[r].end;
-  }
+  Address end = look_runs_[r].end;
+  while (++r < look_.runs && look_runs_[r].start == end && fit(look_runs_[r])) end = look_runs_[r].end;
   pages = std::min(pages, static_cast<std::size_t>(end - start) / page_);
 
   for (std::size_t i = 0; i < pages; ++i) {
@@ -224,8 +237,8 @@ int Engine::Prepare(const Region& region, Span run, Frame first, const os::Attri
 }
 
 // Fast attach, for memory whose discards all go through the library: the frames are mapped in place and armed there.
-// Between the mapping and the protection a reader can map frames unprotected, and a writer break them unseen: so the
-// whole run is protected before it is filled, what is there already is passed over, and a scan tells what was broken.
+// Between the mapping and the registration a reader can map frames unprotected, and a writer break them unseen: what is
+// there already is passed over and protected afterwards, and the next sweep tells what was broken.
 bool Engine::AttachFast(const Region& region, Span run, Frame first, const os::Attributes& attributes) {
   Address at = 0;
   if (system_.MapFrames(run.start, run.bytes, pool_.OsFile(first), pool_.Offset(first), os::Protection::kReadWrite, &at)) {
@@ -243,54 +256,40 @@ bool Engine::AttachFast(const Region& region, Span run, Frame first, const os::A
   }
   KSMU_TEST_POINT("merge.registered", run.start, run.bytes);
   // An unread event can be that of a fork which waits for the gate's first. The gate may be read now: the frames are there.
-  while (system_.WriteProtect(breaker, run, true) == -EAGAIN) gate_.Drain(), system_.Yield();
-  KSMU_TEST_POINT("merge.protected", run.start, run.bytes);
+  bool mapped_already = false;
   for (std::size_t done = 0; done < run.bytes;) {
     const os::Partial filled = system_.Continue(breaker, {run.start + done, run.bytes - done}, true);
     done += filled.done;
+    mapped_already |= filled.error == -EEXIST;
     if (filled.error == -EAGAIN) gate_.Drain(), system_.Yield();
-    else if (filled.error) done += page_;  // mapped already (EEXIST), or left to a MINOR fault
+    else if (filled.error) done += page_;  // mapped already, or left to a MINOR fault
   }
+  KSMU_TEST_POINT("merge.protected", run.start, run.bytes);
+  // Somebody came between the mapping and the registration: a reader has an unprotected frame, a writer its own copy.
+  while (mapped_already && system_.WriteProtect(breaker, run, true) == -EAGAIN) gate_.Drain(), system_.Yield();
   KSMU_TEST_POINT("merge.filled", run.start, run.bytes);
   return true;
 }
 
-// The pages of the run map frames now: from here on they are merged, or dropped where a discard came in the meantime.
+// The pages of the run map frames now: from here on they are merged, or dropped where a discard came in the meantime. One
+// that was written already is found broken by the next sweep, as any other.
 void Engine::Book(Span run, Frame first) {
-  os::ScanRequest request;
-  request.required = os::kPresent | os::kFile;
-  request.inverted = os::kFile;
-  request.returned = os::kPresent | os::kPfnZero;
-  std::array<os::PageRun, 16> runs;
-  std::array<bool, kMaxRunPages> broken{};
-  for (Address at = run.start; at < run.end();) {
-    const os::ScanResult scan = system_.Scan({at, run.end() - at}, request, runs.data(), runs.size());
-    if (scan.error || scan.walked_to <= at) break;
-    for (std::size_t r = 0; r < scan.runs; ++r) {
-      if (runs[r].categories & os::kPfnZero) continue;
-      for (Address a = runs[r].start; a < runs[r].end; a += page_) broken[(a - run.start) / page_] = true;
-    }
-    at = scan.walked_to;
-  }
   const std::size_t pages = run.bytes / page_;
   for (std::size_t i = 0; i < pages; ++i) {
     const Address a = run.start + i * page_;
     const Frame frame = first + static_cast<Frame>(i);
     Words* word = table_.Find(a);
     pool_.Cover(frame);
-    if (!broken[i]) pool_.Share(frame);
+    pool_.Share(frame);
     Page from(word->load(std::memory_order_acquire));
     const std::size_t before = RunStartsAt(a);
     for (;;) {
       const bool gone = gate_.gone(i) || from.discarded();
       Page to = Page().WithValue(frame).WithDiscarded(gone);
-      to = broken[i] ? to.WithState(PageState::kBroken).WithStamp(NowSeconds())
-           : gone    ? to.WithState(PageState::kDropped)
-                     : to.WithState(PageState::kMerged);
+      to = to.WithState(gone ? PageState::kDropped : PageState::kMerged);
       if (!Change(word, from, to)) continue;
-      if (gone && !broken[i]) pool_.Unshare(frame);
+      if (gone) pool_.Unshare(frame);
       Add(counters_.merged_total, 1);
-      if (broken[i]) Add(counters_.cow_breaks, 1);
       break;
     }
     maps_used_ += RunStartsAt(a) - before;

@@ -31,21 +31,24 @@ Engine::Engine(os::System& system, const Tunables& tunables, std::uint64_t seed)
       pool_(system, forks_), gate_(system, counters_), chunk_(kChunkBytes) {}
 
 Engine::~Engine() {
-  if (buffer_) base::UnmapOwnPages(buffer_, kSegmentBytes + 2 * page_);
+  if (buffer_) base::UnmapOwnPages(buffer_, (kReadPages + 2) * page_);
+  if (huge_) base::UnmapOwnPages(huge_, (kReadPages * page_ + kHugeBytes - 1) & ~(kHugeBytes - 1));
   if (runs_) base::UnmapOwnPages(runs_, kRuns * sizeof(os::PageRun));
+  if (look_runs_) base::UnmapOwnPages(look_runs_, kLookRuns * sizeof(os::PageRun));
   if (plan_) base::UnmapOwnPages(plan_, 2 * kMaxSegmentPages * sizeof(Planned));
   if (zeros_) base::UnmapOwnPages(zeros_, 2 * kMaxSegmentPages * sizeof(Address));
   if (moves_) base::UnmapOwnPages(moves_, sizeof(*moves_));
 }
 
 int Engine::Start() {
-  buffer_ = static_cast<std::byte*>(base::MapOwnPages(kSegmentBytes + 2 * page_));
+  buffer_ = static_cast<std::byte*>(base::MapOwnPages((kReadPages + 2) * page_));
   runs_ = static_cast<os::PageRun*>(base::MapOwnPages(kRuns * sizeof(os::PageRun)));
+  look_runs_ = static_cast<os::PageRun*>(base::MapOwnPages(kLookRuns * sizeof(os::PageRun)));
   plan_ = static_cast<Planned*>(base::MapOwnPages(2 * kMaxSegmentPages * sizeof(Planned)));
   zeros_ = static_cast<Address*>(base::MapOwnPages(2 * kMaxSegmentPages * sizeof(Address)));
   moves_ = static_cast<std::array<Moved, kMaxMoves>*>(base::MapOwnPages(sizeof(*moves_)));
-  if (!buffer_ || !runs_ || !plan_ || !zeros_ || !moves_) return -ENOMEM;
-  scratch_ = buffer_ + kSegmentBytes;
+  if (!buffer_ || !runs_ || !look_runs_ || !plan_ || !zeros_ || !moves_) return -ENOMEM;
+  scratch_ = buffer_ + kReadPages * page_;
   event_scratch_ = scratch_ + page_;
   twins_ = plan_ + kMaxSegmentPages;
   if (int error = forks_.Start()) return error;
@@ -61,6 +64,7 @@ Engine::StepResult Engine::Step() {
   if (!found) {
     result.pass_ended = true;
     result.fruitful = fruitful_;
+    if (!fruitful_) ForgetReadBuffer();
     fruitful_ = false;
     cursor_ = 0;
     ++pass_;

@@ -22,6 +22,20 @@ void* MapOwnPages(std::size_t bytes) {
   return pages;
 }
 
+void* MapOwnHugePages(std::size_t bytes) {
+  constexpr std::size_t kHuge = std::size_t{2} << 20;
+  bytes = (bytes + kHuge - 1) & ~(kHuge - 1);
+  auto* whole = static_cast<char*>(MapOwnPages(bytes + kHuge));
+  if (!whole) return nullptr;
+  const std::size_t before = (kHuge - reinterpret_cast<std::uintptr_t>(whole)) & (kHuge - 1);
+  if (before) UnmapOwnPages(whole, before);
+  if (before < kHuge) UnmapOwnPages(whole + before + bytes, kHuge - before);
+  madvise(whole + before, bytes, MADV_HUGEPAGE);
+  return whole + before;
+}
+
+void ForgetOwnPages(void* pages, std::size_t bytes) { madvise(pages, RoundUp(bytes), MADV_DONTNEED); }
+
 void UnmapOwnPages(void* pages, std::size_t bytes) {
   bytes = RoundUp(bytes);
   munmap(pages, bytes);
