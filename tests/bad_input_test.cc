@@ -177,17 +177,56 @@ KSMU_ISOLATED_TEST(BadInput, MixedRangeSucceedsAndShowsTheRest, 30) {
   MergeAll();
   EXPECT_EQ(Get("pages_merged"), 56);
   EXPECT_EQ(Get("pages_tracked"), 56);
-  std::int64_t excluded = 0, length = 0;
-  ksmu_region_stats region;
-  for (const void* at = nullptr; ksmu_read_region(at, &region, sizeof region) == 0;) {
-    excluded += region.excluded_bytes;
-    length += static_cast<std::int64_t>(region.length);
-    if (region.excluded_bytes > 0) {
-      EXPECT_EQ(region.excluded_cause, EOPNOTSUPP);
-    }
-    at = static_cast<char*>(region.start) + region.length;
+  const auto expect_region = [&](const void* at, std::size_t first, std::size_t pages, std::size_t excluded, int cause) {
+    ksmu_region_stats region;
+    ASSERT_OK(ksmu_read_region(at, &region, sizeof region));
+    EXPECT_EQ(region.start, memory.page(first));
+    EXPECT_EQ(region.length, pages * PageSize());
+    EXPECT_EQ(region.excluded_bytes, static_cast<std::int64_t>(excluded * PageSize()));
+    EXPECT_EQ(region.excluded_cause, cause);
+  };
+  // One region, whichever of its addresses is asked for.
+  for (const std::size_t i : {0, 15, 16, 20, 24, 63}) {
+    SCOPED_TRACE(i);
+    expect_region(memory.page(i), 0, 64, 8, EOPNOTSUPP);
   }
-  EXPECT_EQ(length - excluded, static_cast<std::int64_t>(56 * PageSize()));
+  EXPECT_EQ(Get("regions"), 1);
+  EXPECT_EQ(Get("region_bytes"), static_cast<std::int64_t>(memory.bytes()));
+  ksmu_region_stats none;
+  EXPECT_ERRNO(ENOENT, ksmu_read_region(memory.page(64), &none, sizeof none));
+  // Refused once more, on its own: nothing has changed.
+  EXPECT_ERRNO(EOPNOTSUPP, ksmu_advise(memory.page(18), 2 * PageSize(), KSMU_MERGEABLE));
+  expect_region(nullptr, 0, 64, 8, EOPNOTSUPP);
+  // A hole before it, as part of the same advice: the first cause is the hole's.
+  ASSERT_EQ(munmap(memory.page(14), 2 * PageSize()), 0);
+  EXPECT_ERRNO(ENOMEM, ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  expect_region(nullptr, 0, 64, 10, ENOMEM);
+  ASSERT_EQ(mmap(memory.page(14), 2 * PageSize(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0),
+            memory.page(14));
+  for (const std::size_t i : {14, 15}) FillPage(memory.page(i), 7);
+  EXPECT_OK(ksmu_advise(memory.page(8), 48 * PageSize(), KSMU_MERGEABLE));
+  expect_region(nullptr, 0, 64, 8, EOPNOTSUPP);
+  // In a forked child.
+  {
+    Child child(Child::Kind::kFork, [&](Child& self) {
+      if (ksmu_merge(memory.data(), memory.bytes()) < 0) self.Report("ksmu_merge: errno %d", errno);
+      ksmu_region_stats region;
+      if (ksmu_read_region(nullptr, &region, sizeof region) != 0) self.Report("no region");
+      if (region.start != memory.data() || region.length != memory.bytes() ||
+          region.excluded_bytes != static_cast<std::int64_t>(8 * PageSize()) || region.excluded_cause != EOPNOTSUPP) {
+        self.Report("%p + %zu, %ld excluded, cause %d", region.start, region.length,
+                    static_cast<long>(region.excluded_bytes), static_cast<int>(region.excluded_cause));
+      }
+    });
+    child.Join();
+  }
+  // What is let go of takes its share of them along, and none stays behind alone.
+  EXPECT_OK(ksmu_advise(memory.page(20), 44 * PageSize(), KSMU_UNMERGEABLE));
+  expect_region(nullptr, 0, 20, 4, EOPNOTSUPP);
+  EXPECT_OK(ksmu_advise(memory.data(), 16 * PageSize(), KSMU_UNMERGEABLE));
+  EXPECT_ERRNO(ENOENT, ksmu_read_region(nullptr, &none, sizeof none));
+  EXPECT_EQ(Get("regions"), 0);
+  EXPECT_EQ(Get("region_bytes"), 0);
   EXPECT_TRUE(PagesAre(memory, Seven));
   memory.page(20)[5] ^= 1;  // shared memory stays shared memory
   memory.page(20)[5] ^= 1;

@@ -386,6 +386,12 @@ TEST(Limits, MemoryGroupTooSmallToUnmerge) {
         ASSERT_TRUE(group.Enter());
         const std::size_t limit = (64 << 20) + (kSanitized ? 60 << 20 : 0);
         ASSERT_TRUE(group.SetLimit(limit));
+        static std::atomic<int> told = 0;
+        ksmu_options options = {};
+        options.log = [](int level, const char* message, void*) {
+          told += level == KSMU_LOG_WARNING && std::string_view(message).starts_with("unmerging was refused");
+        };
+        ASSERT_OK(ksmu_start(&options, sizeof options));
         Set("run", 0);
         Set("max_page_sharing", 1'000'000);
         const std::size_t pages = limit * 3 / PageSize();
@@ -406,6 +412,8 @@ TEST(Limits, MemoryGroupTooSmallToUnmerge) {
         EXPECT_ERRNO(ENOMEM, ksmu_set("run", 2));
         EXPECT_EQ(Get("run"), 2);
         EXPECT_ERRNO(ENOMEM, ksmu_stop());
+        EXPECT_TRUE(WaitUntil([] { return told > 0; }, 20));
+        EXPECT_EQ(told, 1) << "three refusals within a minute";
         EXPECT_TRUE(PagesAre(memory, seed));
         ExpectBalanced();
         // Room again: it works.

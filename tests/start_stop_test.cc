@@ -140,6 +140,29 @@ KSMU_ISOLATED_TEST(StartStop, OptionsOfStart, 30) {
   EXPECT_EQ(Get("regions"), 0);
 }
 
+// The environment gives initial values: what the program has set is kept for the start, and over a stop.
+KSMU_ISOLATED_TEST(StartStop, TheEnvironmentIsAskedOnce, 30) {
+  setenv("KSMU_PAGES_TO_SCAN", "321", 1);
+  setenv("KSMU_SLEEP_MILLISECS", "654", 1);
+  setenv("KSMU_SMART_SCAN", "7", 1);
+  Set("pages_to_scan", 11);
+  EXPECT_ERRNO(EINVAL, ksmu_start(nullptr, sizeof(ksmu_options)));
+  EXPECT_EQ(Get("sleep_millisecs"), 20) << "a failed start changes nothing";
+  setenv("KSMU_SMART_SCAN", "0", 1);
+  ASSERT_OK(ksmu_start(nullptr, sizeof(ksmu_options)));
+  EXPECT_EQ(Get("pages_to_scan"), 11);
+  EXPECT_EQ(Get("sleep_millisecs"), 654);
+  EXPECT_EQ(Get("smart_scan"), 0);
+  Set("smart_scan", 1);
+  ASSERT_OK(ksmu_stop());
+  setenv("KSMU_SLEEP_MILLISECS", "1", 1);
+  ASSERT_OK(ksmu_start(nullptr, sizeof(ksmu_options)));
+  EXPECT_EQ(Get("pages_to_scan"), 11);
+  EXPECT_EQ(Get("sleep_millisecs"), 654);
+  EXPECT_EQ(Get("smart_scan"), 1);
+  EXPECT_OK(ksmu_stop());
+}
+
 // --- stop and start --------------------------------------------------------------------------------------------------
 
 void StopLeavesNothingButTheMemory(int flags) {

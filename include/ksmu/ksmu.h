@@ -191,9 +191,10 @@ struct ksmu_options {
   const char *cpus;   /* CPUs for the library's threads, like "0-3,8"; NULL: KSMU_CPUS, or all it may use */
   int64_t max_maps;   /* the tunable max_maps; 0: KSMU_MAX_MAPS, or its default */
   /*
-   * Receives messages (a sentence without newline, valid during the call). Called on the library's threads and on
-   * threads inside a function of this interface: it must not block, call this library, or touch advised memory.
-   * NULL: no messages.
+   * Receives messages (a sentence without newline, valid during the call): the start and the stop, and what a user
+   * should know of in between, each kind at most once a minute. Called on a thread of the library's own, ksmu-log, which
+   * has the program's descriptors and holds nothing that others wait for. It must not throw, nor call ksmu_stop, which
+   * waits for it. NULL: no messages, and no such thread.
    */
   void (*log)(int level, const char *message, void *cookie);
   void *log_cookie;
@@ -323,7 +324,8 @@ struct ksmu_region_stats {
   int64_t pages_zero;
   int64_t pages_unmerged;              /* the sum of unmerged[] */
   int64_t unmerged[KSMU_REASON_SLOTS]; /* pages by KSMU_REASON_* */
-  int64_t excluded_bytes; /* bytes of [start, start + length) that cannot be merged, whatever they contain */
+  int64_t excluded_bytes; /* bytes of [start, start + length) that could not be merged, whatever they contain, when they
+                             were advised; they are left alone until they are advised again */
   int64_t excluded_cause; /* why, for the first of them, as ksmu_advise has it: EOPNOTSUPP, ENOMEM, EBUSY; else 0 */
 };
 
@@ -481,8 +483,9 @@ KSMU_API int ksmu_explain(const void *addr, struct ksmu_page_info *info, size_t 
 
 /*
  * Starts the library: probes the kernel, opens its userfaultfd contexts in a descriptor table of its own, starts the
- * threads ksmu-scan and ksmu-event. Optional: the first use starts it with defaults and the environment: the tunables
- * (see ksmu_set), KSMU_BROKER, KSMU_DOMAIN, KSMU_CPUS, and KSMU_USER_MODE_ONLY=1 for KSMU_START_USER_MODE_ONLY.
+ * threads ksmu-scan and ksmu-event (and ksmu-log for a log callback). Optional: the first use starts it with defaults
+ * and the environment: the tunables (see ksmu_set), KSMU_BROKER, KSMU_DOMAIN, KSMU_CPUS, and KSMU_USER_MODE_ONLY=1 for
+ * KSMU_START_USER_MODE_ONLY.
  * Starts are counted (a start by first use is one): each successful call asks for one ksmu_stop. Started already by
  * ksmu_start with the same options or by first use with what these options ask for: one more is counted.
  * Units     options may be NULL: defaults. size is sizeof(struct ksmu_options).

@@ -328,7 +328,7 @@ int ksmu_set(const char* name, int64_t value) {
   if (tunable->value == &settings().max_page_sharing && value != settings().max_page_sharing.load() && use.runtime()) {
     if (ReadStats().pages_merged != 0) return Fail(EBUSY, "pages are shared: set run to 2 first");
   }
-  tunable->value->store(value, std::memory_order_relaxed);
+  SetByProgram(tunable, value);
   if (!use.runtime()) return keep.Succeed();
   if (tunable->value == &settings().run && value == 2) {
     Command command;
@@ -351,9 +351,12 @@ int ksmu_read_region(const void* addr, struct ksmu_region_stats* stats, size_t s
   use.runtime()->Execute(&command);
   if (command.result < 0) return Fail(ENOENT, "no region ends above this address");
   ksmu_region_stats s{};
-  s.start = reinterpret_cast<void*>(command.region.start);
-  s.length = command.region.end - command.region.start;
-  s.flags = (command.region.promise ? KSMU_F_NO_RAW_DISCARDS : 0) | (command.region.sync_break ? KSMU_F_SYNC_BREAK : 0);
+  const engine::Region& region = command.region.whole;
+  s.start = reinterpret_cast<void*>(region.start);
+  s.length = region.end - region.start;
+  s.flags = (region.promise ? KSMU_F_NO_RAW_DISCARDS : 0) | (region.sync_break ? KSMU_F_SYNC_BREAK : 0);
+  s.excluded_bytes = static_cast<std::int64_t>(command.region.excluded_bytes);
+  s.excluded_cause = command.region.excluded_cause;
   auto in = [&](PageState state) { return command.counts.pages[static_cast<std::size_t>(state)]; };
   s.pages_merged = in(PageState::kMerged);
   s.pages_unshared = in(PageState::kStill);

@@ -57,6 +57,12 @@ const Tunable kTunables[] = {
     {"thp_min_duplicates", &g_settings.thp_min_duplicates, 64, 0, 512},
 };
 
+constexpr std::size_t kTunableCount = sizeof kTunables / sizeof *kTunables;
+
+// The environment gives initial values: not to what the program has set, and not again at a later start.
+std::atomic<bool> g_set_by_program[kTunableCount];
+bool g_environment_read = false;  // for a start that succeeded
+
 bool ParseInteger(const char* text, std::int64_t* value) {
   const char* end = text + std::strlen(text);
   const auto result = std::from_chars(text, end, *value);
@@ -65,20 +71,22 @@ bool ParseInteger(const char* text, std::int64_t* value) {
 
 // Values that the environment gives to tunables, once. 0 or EINVAL with a sentence.
 int ReadEnvironment(engine::RuntimeOptions* options) {
-  for (const Tunable& tunable : kTunables) {
+  std::int64_t values[kTunableCount];
+  bool given[kTunableCount] = {};
+  for (std::size_t i = 0; i < kTunableCount; ++i) {
+    const Tunable& tunable = kTunables[i];
     char name[64] = "KSMU_";
     std::size_t n = 5;
     for (const char* c = tunable.name; *c; ++c) name[n++] = *c >= 'a' && *c <= 'z' ? static_cast<char>(*c - 32) : *c;
     const char* text = secure_getenv(name);
     if (!text || !tunable.value) continue;
-    std::int64_t value;
-    if (!ParseInteger(text, &value) || value < tunable.minimum || value > tunable.maximum) {
+    given[i] = true;
+    if (!ParseInteger(text, &values[i]) || values[i] < tunable.minimum || values[i] > tunable.maximum) {
       os::ErrorText sentence;
       sentence.Set("a tunable's variable in the environment (KSMU_...) has a value that is not a number or out of range");
       Fail(EINVAL, sentence.text);
       return EINVAL;
     }
-    tunable.value->store(value, std::memory_order_relaxed);
   }
   if (const char* cpus = secure_getenv("KSMU_CPUS")) {
     if (std::strlen(cpus) >= sizeof options->cpus) {
@@ -88,6 +96,11 @@ int ReadEnvironment(engine::RuntimeOptions* options) {
     std::strcpy(options->cpus, cpus);
   }
   if (const char* user = secure_getenv("KSMU_USER_MODE_ONLY")) options->user_mode_only = std::strcmp(user, "1") == 0;
+  for (std::size_t i = 0; i < kTunableCount && !g_environment_read; ++i) {
+    if (given[i] && !g_set_by_program[i].load(std::memory_order_relaxed)) {
+      kTunables[i].value->store(values[i], std::memory_order_relaxed);
+    }
+  }
   return 0;
 }
 
@@ -143,6 +156,7 @@ int StartRuntime(const engine::RuntimeOptions& options) {
     return -error;
   }
   s.options = options;
+  g_environment_read = true;
   ++s.starts_total;
   s.pid.store(os::ProcessId(), std::memory_order_relaxed);
   s.runtime.store(runtime, std::memory_order_seq_cst);
@@ -184,6 +198,11 @@ const Tunable* FindTunable(const char* name) {
     if (std::strcmp(tunable.name, name) == 0) return &tunable;
   }
   return nullptr;
+}
+
+void SetByProgram(const Tunable* tunable, std::int64_t value) {
+  g_set_by_program[tunable - kTunables].store(true, std::memory_order_relaxed);
+  tunable->value->store(value, std::memory_order_relaxed);
 }
 
 Use::Use(Start start) {

@@ -46,5 +46,6 @@ struct Tunable {
   std::int64_t fallback, minimum, maximum;
 };
 const Tunable* FindTunable(const char* name);
+void SetByProgram(const Tunable* tunable, std::int64_t value);  // from now on the environment's value is nothing to it
 
 }  // namespace ksmu::api

@@ -12,6 +12,7 @@ namespace {
 constexpr std::uint64_t kMemoryReserve = std::uint64_t{64} << 20;  // left free while unmerging
 constexpr std::size_t kPopulatePages = 64;
 constexpr std::uint64_t kCheapAttributes = 2'000'000;  // ns
+constexpr std::size_t kManyExcluded = 1024;
 
 // Calls f(part, mapping) for each mapped part of the span; returns true if there were holes.
 template <typename F>
@@ -54,7 +55,20 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
   if (attributes_cost_ < kCheapAttributes) RefreshAttributes();
   bool any = false, ineligible = false, foreign = false;
   int failure = 0;
+  base::OwnVector<Region> left_out;
+  auto leave_out = [&](Address start, Address end, int cause) {
+    Region part;
+    part.start = start;
+    part.end = end;
+    part.promise = promise;
+    part.sync_break = sync_break;
+    part.cause = static_cast<std::uint8_t>(cause);
+    if (start < end && !left_out.push_back(part)) failure = -ENOMEM;
+  };
+  Address looked_at = span.start;
   const bool holes = ForEachMapping(system_, span, [&](Span part, const os::Mapping& mapping) {
+    leave_out(looked_at, part.start, ENOMEM);
+    looked_at = part.end();
     if (failure) return;
     const bool ours = pool_.IsPoolMapping(mapping);
     bool eligible = ours || IsInherited(mapping) || (mapping.anonymous && !mapping.shared && !mapping.stack && !mapping.heap && !mapping.special);
@@ -66,6 +80,7 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
     }
     if (!eligible) {
       ineligible = true;
+      leave_out(part.start, part.end(), EOPNOTSUPP);
       return;
     }
     if (mapping.anonymous) {
@@ -73,6 +88,7 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
         if (error == -EBUSY) foreign = true;
         else if (error == -EINVAL) ineligible = true;
         else failure = error;
+        leave_out(part.start, part.end(), error == -EBUSY ? EBUSY : EOPNOTSUPP);
         return;
       }
     }
@@ -116,11 +132,38 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
       }
     }
   });
+  leave_out(looked_at, span.end(), ENOMEM);
   if (failure) return failure == -ENOMEM || failure == -EAGAIN ? -ENOMEM : failure;
+  if (any && !Exclude(span, left_out)) return -ENOMEM;
   if (any) return holes ? -ENOMEM : 0;
   if (foreign) return -EBUSY;
   if (ineligible) return -EOPNOTSUPP;
   return -ENOMEM;
+}
+
+// What of the span was advised in vain, in place of what was known of it: shown by ksmu_read_region. False: no memory.
+bool Engine::Exclude(Span span, const base::OwnVector<Region>& parts) {
+  if (!excluded_.Erase(span)) return false;
+  for (const Region& part : parts) {
+    // What is a region already stays one; its pages have their own reasons.
+    for (Address at = part.start; at < part.end;) {
+      const Region* region = regions_.Next(at);
+      Region gap = part;
+      gap.start = at;
+      gap.end = region ? std::min(std::max(region->start, at), part.end) : part.end;
+      if (gap.start < gap.end && !excluded_.Set(gap)) return false;
+      at = region ? std::max(region->end, gap.end) : part.end;
+    }
+  }
+  // A program that unmaps what was around them leaves them without a region: not to be kept for ever.
+  AdvisedRegion next;
+  for (Address at = 0; excluded_.size() > kManyExcluded && at < PageTable::kLimit; at = next.whole.end) {
+    const bool more = NextAdvised(at, &next);
+    const Address until = more ? next.whole.start : PageTable::kLimit;
+    if (at < until) excluded_.Erase({at, until - at});
+    if (!more) break;
+  }
+  return true;
 }
 
 // The tracker lets go of the anonymous part of the span.
@@ -279,6 +322,7 @@ int Engine::Unmerge(Span span) {
       Audit(retired);  // nothing of it lies in a run's mapping: forgotten at once
     }
   }
+  if (!excluded_.Erase(span)) return -ENOMEM;
   pool_.Reclaim(&Engine::ForgetFrame, this);
   return 0;
 }
@@ -419,7 +463,7 @@ int Engine::Release(Span span) {
       if (covers ? !regions_.Set(released) : !regions_.Erase(part)) return -ENOMEM;
     }
   }
-  return 0;
+  return excluded_.Erase(span) ? 0 : -ENOMEM;
 }
 
 bool Engine::IsInherited(const os::Mapping& mapping) const {
@@ -480,6 +524,7 @@ int Engine::Unmap(Span span) {
   AwaitForks();
   ForgetRange(span);
   regions_.Erase(span);
+  excluded_.Erase(span);
   if (pool_.ReclaimDue()) pool_.Reclaim(&Engine::ForgetFrame, this);
   return 0;
 }
@@ -519,8 +564,8 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
 
 std::size_t Engine::metadata_bytes() const {
   // Scratch memory counts as far as it has been used.
-  return table_.metadata_bytes() + regions_.metadata_bytes() + pool_.metadata_bytes() + index_.metadata_bytes() +
-         buffer_used_ + huge_used_ + sample_table_.metadata_bytes() + samples_.bytes();
+  return table_.metadata_bytes() + regions_.metadata_bytes() + excluded_.metadata_bytes() + pool_.metadata_bytes() +
+         index_.metadata_bytes() + buffer_used_ + huge_used_ + sample_table_.metadata_bytes() + samples_.bytes();
 }
 
 }  // namespace ksmu::engine

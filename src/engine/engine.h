@@ -66,6 +66,8 @@ class Engine {
   int Unmap(Span span);
   // `cancelled` is polled between segments.
   std::int64_t Merge(Span span, bool (*cancelled)(void*), void* cookie);
+  // In a forked child: what could not be merged when the parent was advised of it.
+  void InheritExcluded(const Region& part) { excluded_.Set(part); }
   // Every region; with `forget` the regions end as well (ksmu_stop).
   int UnmergeAll(bool forget);
 
@@ -97,6 +99,10 @@ class Engine {
   // The contexts to wait on. Event thread.
   std::size_t EventContexts(os::Context* contexts, std::size_t capacity);
 
+  // Moves of the program's that could not be noted, and children that could not be served.
+  bool lost_moves() const { return lost_moves_.load(std::memory_order_relaxed); }
+  std::int64_t unserved_children() const { return unserved_children_.load(std::memory_order_relaxed); }
+
   // --- statistics --------------------------------------------------------------------------------------------------
   const Counters& counters() const { return counters_; }
   std::size_t pages_shared() const { return pool_.shared(); }
@@ -105,6 +111,8 @@ class Engine {
   std::size_t metadata_bytes() const;
   std::size_t maps_used() const { return maps_used_; }  // runs: each is a mapping, whatever lies around it
   const RegionList& regions() const { return regions_; }
+  const RegionList& excluded() const { return excluded_; }
+  bool NextAdvised(Address a, AdvisedRegion* out) const { return engine::NextAdvised(regions_, excluded_, a, out); }
   RegionCounts CountRegion(Span span) const;
   Page Explain(Address a) const { return table_.Load(a); }
   std::uint32_t SharersOf(Page page) const {
@@ -214,6 +222,7 @@ class Engine {
   void SettlePins();
   void Untrack(Span span);
   bool IsInherited(const os::Mapping& mapping) const;
+  bool Exclude(Span span, const base::OwnVector<Region>& parts);
 
   // events.cc
   void HandleContext(os::Context context, Child* child);
@@ -238,6 +247,7 @@ class Engine {
   Counters counters_;
   PageTable table_;
   RegionList regions_;
+  RegionList excluded_;  // what was advised with them and cannot be merged, where no region is; scanner only
   frames::ForkWatch forks_;
   frames::Pool pool_;
   frames::Index index_;
@@ -320,6 +330,7 @@ class Engine {
   std::array<Moved, kMaxMoves>* moves_ = nullptr;  // of the program, not yet followed; under events_mutex_
   std::atomic<std::size_t> move_count_{0};
   std::atomic<bool> lost_moves_{false};
+  std::atomic<std::int64_t> unserved_children_{0};
   ChildList children_;                       // under events_mutex_
 };
 

@@ -249,6 +249,7 @@ void Engine::OnFork(os::Context context, Child* parent, os::Context child_contex
   Child* child = children_.Add(child_context, context == os::kSyncBreaker || (parent && parent->sync));
   if (!child) {
     system_.CloseContext(child_context);  // its memory stays valid; raw discards in it are not seen
+    unserved_children_.fetch_add(1, std::memory_order_relaxed);
     return;
   }
   Add(counters_.children, 1);
@@ -361,6 +362,7 @@ bool Engine::ApplyMoves() {
     region.end = to.end();
     region.owned = false;
     if (to.end() > PageTable::kLimit || !table_.MakeRange(to) || !regions_.Set(region)) return false;
+    excluded_.Erase(to);
     // The program's own MREMAP_DONTUNMAP leaves the old mapping: empty, but over the frames still.
     os::Mapping left;
     const bool stays = system_.QueryMapping(moved.from, &left) == 0 && left.start <= moved.from;

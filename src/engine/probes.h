@@ -2,6 +2,8 @@
 //   bpftrace -e 'usdt:/usr/lib/libksmu.so:ksmu:gate_open { @us = hist(arg2 / 1000); }'
 // gate_open(start, pages, ns) · merge(start, pages, first frame) · zero(start, pages) · cow_break(page, frame) ·
 // skip(page, reason) · discard(start, end) · remerge(page, frame)
+// cow_break is the break of a region with KSMU_F_SYNC_BREAK, as it happens; what the kernel resolves by itself is found by
+// a sweep, and counted there. tests/probes_test.py holds this list to what is in the library.
 #pragma once
 
 #if __has_include(<sys/sdt.h>)

@@ -66,4 +66,50 @@ bool RegionList::Set(const Region& region) {
   return true;
 }
 
+namespace {
+
+// Whether two parts that adjoin belong together: two mergeable ones only if the list would have joined them.
+bool Together(const Region& a, const Region& b) {
+  if (a.promise != b.promise || a.sync_break != b.sync_break) return false;
+  return a.cause || b.cause || a.owned == b.owned;
+}
+
+// The mergeable or excluded part at the address, nullptr: neither.
+const Region* PartAt(const RegionList& regions, const RegionList& excluded, Address a) {
+  const Region* part = regions.Find(a);
+  if (part && part->kind == Region::kMergeable) return part;
+  return part ? nullptr : excluded.Find(a);
+}
+
+}  // namespace
+
+bool NextAdvised(const RegionList& regions, const RegionList& excluded, Address a, AdvisedRegion* out) {
+  for (;;) {
+    const Region* first = regions.Next(a);
+    while (first && first->kind != Region::kMergeable) first = regions.Next(first->end);
+    if (const Region* other = excluded.Next(a); other && (!first || other->start < first->start)) first = other;
+    if (!first) return false;
+    // Back to where it begins: `a` can lie in the middle of it.
+    for (const Region* left; first->start > 0 && (left = PartAt(regions, excluded, first->start - 1)) && Together(*left, *first);) {
+      first = left;
+    }
+    *out = {};
+    out->whole = *first;
+    bool mergeable = false;
+    for (const Region* part = first; part;) {
+      out->whole.end = part->end;
+      if (part->cause) {
+        out->excluded_bytes += part->span().bytes;
+        if (!out->excluded_cause) out->excluded_cause = part->cause;
+      } else {
+        mergeable = true;
+      }
+      const Region* next = PartAt(regions, excluded, part->end);
+      part = next && Together(*part, *next) ? next : nullptr;
+    }
+    if (mergeable) return true;
+    a = out->whole.end;
+  }
+}
+
 }  // namespace ksmu::engine

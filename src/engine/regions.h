@@ -21,10 +21,11 @@ struct Region {
   bool sync_break = false;  // KSMU_F_SYNC_BREAK
   bool owned = false;       // made by ksmu_map
   Kind kind = kMergeable;
+  std::uint8_t cause = 0;  // in the list of what was advised and cannot be merged: why, an errno; else 0
 
   Span span() const { return {start, end - start}; }
   bool SameAs(const Region& r) const {
-    return promise == r.promise && sync_break == r.sync_break && owned == r.owned && kind == r.kind;
+    return promise == r.promise && sync_break == r.sync_break && owned == r.owned && kind == r.kind && cause == r.cause;
   }
 };
 
@@ -46,5 +47,14 @@ class RegionList {
   std::size_t LowerBound(Address a) const;  // the first region that ends above `a`
   base::OwnVector<Region> regions_;
 };
+
+// What the program is shown as one region: a mergeable part with the excluded parts of its advice around and within it.
+struct AdvisedRegion {
+  Region whole;
+  std::size_t excluded_bytes = 0;
+  int excluded_cause = 0;  // of the first of them
+};
+// The first one that ends above `a`; false: none. Excluded parts beside which nothing mergeable is left are passed over.
+bool NextAdvised(const RegionList& regions, const RegionList& excluded, Address a, AdvisedRegion* out);
 
 }  // namespace ksmu::engine

@@ -24,7 +24,8 @@ int Runtime::Start(const Settings& settings, const RuntimeOptions& options, Runt
     return -ENOMEM;
   }
   auto* runtime = new (memory) Runtime(settings, options);
-  int result = os::StartThread(&runtime->scanner_, &Runtime::ScannerMain, runtime);
+  int result = runtime->log_.Start(options.log, options.log_cookie);
+  if (!result && (result = os::StartThread(&runtime->scanner_, &Runtime::ScannerMain, runtime))) runtime->log_.Stop();
   if (result) {
     error->Set("no thread could be started: RLIMIT_NPROC, the cgroup's pids.max or memory is exhausted");
   } else {
@@ -36,6 +37,7 @@ int Runtime::Start(const Settings& settings, const RuntimeOptions& options, Runt
     result = runtime->start_error_;
     *error = runtime->start_text_;
     os::JoinThread(runtime->scanner_);
+    runtime->log_.Stop();
   }
   runtime->~Runtime();
   base::UnmapOwnPages(memory, sizeof(Runtime));
@@ -44,6 +46,7 @@ int Runtime::Start(const Settings& settings, const RuntimeOptions& options, Runt
 
 void Runtime::Join(Runtime* runtime) {
   os::JoinThread(runtime->scanner_);
+  runtime->log_.Stop();
   // Callers that have just been told so may still be looking at their slots.
   for (Slot& slot : runtime->slots_) {
     while (slot.state.load(std::memory_order_acquire) != kFree) os::FutexWait(&slot.state, slot.state.load(), kMillisecond);
@@ -201,7 +204,11 @@ bool Runtime::RunCommands() {
       os::JoinThread(event_);
       options_.inheritance->KeepFiles(*engine_);
       options_.inheritance->file_count = options_.inheritance->child_file_count;
+      Report();
+      const std::uint64_t now = system_->NowNanoseconds();
+      const std::size_t kept = engine_->frames_live();
       CloseEngine();
+      ReportStop(now, kept);
     }
     Answer(oldest);
     if (!stopped) continue;
@@ -248,8 +255,19 @@ void Runtime::Run(Command* command, Slot* slot) {
       pass_sleep_ns_ = 0;
       next_scan_at_ = std::min(next_scan_at_, system_->NowNanoseconds() + kFirstPassSleep);
       break;
+    case Command::kExclude: {
+      Region part;
+      part.start = command->span.start;
+      part.end = command->span.end();
+      part.promise = command->promise;
+      part.sync_break = command->sync_break;
+      part.cause = command->cause;
+      engine.InheritExcluded(part);
+      break;
+    }
     case Command::kUnmerge:
       command->result = engine.Unmerge(command->span);
+      unmerge_refused_ |= command->result == -ENOMEM;
       if (command->result == 0 && engine.HasHoles(command->span)) command->result = -ENOMEM;
       break;
     case Command::kRelease:
@@ -278,9 +296,11 @@ void Runtime::Run(Command* command, Slot* slot) {
     }
     case Command::kUnmergeAll:
       command->result = engine.UnmergeAll(false);
+      unmerge_refused_ |= command->result == -ENOMEM;
       break;
     case Command::kStop:
       command->result = engine.UnmergeAll(true);
+      unmerge_refused_ |= command->result == -ENOMEM;
       // Frames that a child may still map cannot be given up, and show through raw discards once nobody watches: a child
       // that is about to exit is waited for. With one that stays, see docs/limits.md.
       for (int i = 0; command->result == 0 && i < kStopPatience && engine.ReclaimNow(); ++i) {
@@ -296,24 +316,17 @@ void Runtime::Run(Command* command, Slot* slot) {
       g.metadata = engine.metadata_bytes();
       g.maps = engine.maps_used();
       g.regions = g.region_bytes = 0;
-      for (std::size_t i = 0; i < engine.regions().size(); ++i) {
-        if (engine.regions()[i].kind != Region::kMergeable) continue;
+      AdvisedRegion region;
+      for (Address at = 0; engine.NextAdvised(at, &region); at = region.whole.end) {
         ++g.regions;
-        g.region_bytes += engine.regions()[i].span().bytes;
+        g.region_bytes += region.whole.span().bytes;
       }
       command->result = 0;
       break;
     }
     case Command::kRegion: {
-      command->result = -ENOENT;
-      for (const Region* region = engine.regions().Next(command->span.start); region;
-           region = engine.regions().Next(region->end)) {
-        if (region->kind != Region::kMergeable) continue;
-        command->region = *region;
-        command->counts = engine.CountRegion(region->span());
-        command->result = 0;
-        break;
-      }
+      command->result = engine.NextAdvised(command->span.start, &command->region) ? 0 : -ENOENT;
+      if (command->result == 0) command->counts = engine.CountRegion(command->region.whole.span());
       break;
     }
     case Command::kExplain: {
@@ -360,11 +373,12 @@ void Runtime::Pause() {
   while (parked_.load(std::memory_order_seq_cst) == 0) os::FutexWait(&parked_, 0, 100 * kMillisecond);
   inheritance->region_count = 0;
   if (!engine_) return;  // it has just ended
-  const RegionList& regions = engine_->regions();
-  for (std::size_t i = 0; i < regions.size() && inheritance->region_count < Inheritance::kMaxRegions; ++i) {
-    const Region& r = regions[i];
-    if (r.kind != Region::kMergeable) continue;
-    inheritance->regions[inheritance->region_count++] = {r.start, r.end, r.promise, r.sync_break, r.owned};
+  for (const RegionList* list : {&engine_->regions(), &engine_->excluded()}) {
+    for (std::size_t i = 0; i < list->size() && inheritance->region_count < Inheritance::kMaxRegions; ++i) {
+      const Region& r = (*list)[i];
+      if (r.kind != Region::kMergeable) continue;
+      inheritance->regions[inheritance->region_count++] = {r.start, r.end, r.promise, r.sync_break, r.owned, r.cause};
+    }
   }
   inheritance->KeepFiles(*engine_);
 }
@@ -379,7 +393,8 @@ void Runtime::InheritRegions() {
   for (std::size_t i = 0; i < inheritance.region_count; ++i) {
     const Inheritance::Entry& entry = inheritance.regions[i];
     Command command;
-    command.kind = Command::kAdvise;
+    command.kind = entry.cause ? Command::kExclude : Command::kAdvise;
+    command.cause = entry.cause;
     command.span = {entry.start, entry.end - entry.start};
     command.promise = entry.promise;
     command.sync_break = entry.sync_break;
@@ -389,7 +404,9 @@ void Runtime::InheritRegions() {
 }
 
 void Runtime::ScannerLoop() {
+  ReportStart();
   while (RunCommands()) {
+    Report();
     if (pause_.load(std::memory_order_acquire)) {
       Park();
       continue;

@@ -2,6 +2,7 @@
 //
 //   ksmu-scan    opens the system in a descriptor table of its own, carries out commands, scans in between
 //   ksmu-event   waits for the breakers' messages and hands them to the engine
+//   (ksmu-log    hands messages to the program, where it wants them: log.h)
 //
 // A command lies in a slot of the library's own memory while its caller waits on a futex: nothing of it is on the
 // caller's stack, which may lie in merged memory.
@@ -14,6 +15,7 @@
 #include <cstdint>
 
 #include "engine/engine.h"
+#include "engine/log.h"
 #include "os/linux_system.h"
 
 namespace ksmu::engine {
@@ -32,6 +34,7 @@ struct Inheritance {
   struct Entry {
     Address start, end;
     bool promise, sync_break, owned;
+    std::uint8_t cause;  // not 0: excluded
   };
   std::size_t region_count = 0;
   std::array<Entry, kMaxRegions> regions;
@@ -47,19 +50,20 @@ struct Inheritance {
 struct RuntimeOptions {
   bool user_mode_only = false;
   char cpus[128] = {};  // "": all
-  void (*log)(int level, const char* message, void* cookie) = nullptr;
+  Log::Callback log = nullptr;
   void* log_cookie = nullptr;
   Inheritance* inheritance = nullptr;  // never nullptr
 };
 
 struct Command {
-  enum Kind : std::uint8_t { kAdvise, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kStats, kRegion, kExplain, kStop };
+  enum Kind : std::uint8_t { kAdvise, kExclude, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kStats, kRegion, kExplain, kStop };
   Kind kind = kStats;
   Span span;
   bool promise = false, sync_break = false, owned = false;
+  std::uint8_t cause = 0;  // kExclude
   std::int64_t result = 0;  // 0 or a count, or -errno
   // Results of the reading commands.
-  Region region;
+  AdvisedRegion region;
   RegionCounts counts;
   Page page;
   bool in_region = false, huge = false;
@@ -113,6 +117,10 @@ class Runtime {
   void Scan();
   void Answer(Slot* slot);
   void Nudge();
+  // report.cc
+  void ReportStart();
+  void ReportStop(std::uint64_t now, std::size_t kept);
+  void Report();
 
   const Settings& settings_;
   RuntimeOptions options_;
@@ -137,6 +145,13 @@ class Runtime {
   std::int64_t debt_ns_ = 0;         // wall time still to be slept off for CPU time used
   std::uint64_t next_scan_at_ = 0;
   std::atomic<bool> tunables_changed_{false};
+
+  // Messages, and what has been said already. Scanner.
+  Log log_;
+  std::array<bool, Log::kKindCount> told_{};
+  std::array<std::uint64_t, os::Refusals::kCallCount> told_refused_{};
+  std::uint32_t told_given_up_ = 0;
+  bool unmerge_refused_ = false;
 };
 
 }  // namespace ksmu::engine

@@ -220,43 +220,43 @@ class LinuxSystem::Use {
 
 int LinuxSystem::Register(Context context, Span span, std::uint32_t modes) {
   Use use(this, context);
-  return use.gone() ? -ESRCH : uffd::Register(use.fd(), span, modes);
+  return use.gone() ? -ESRCH : refusals_.Note(Refusals::kRegister, uffd::Register(use.fd(), span, modes));
 }
 
 int LinuxSystem::Unregister(Context context, Span span) {
   Use use(this, context);
-  return use.gone() ? -ESRCH : uffd::Unregister(use.fd(), span);
+  return use.gone() ? -ESRCH : refusals_.Note(Refusals::kUnregister, uffd::Unregister(use.fd(), span));
 }
 
 int LinuxSystem::WriteProtect(Context context, Span span, bool protect) {
   Use use(this, context);
-  return use.gone() ? -ESRCH : uffd::WriteProtect(use.fd(), span, protect);
+  return use.gone() ? -ESRCH : refusals_.Note(Refusals::kWriteProtect, uffd::WriteProtect(use.fd(), span, protect));
 }
 
 Partial LinuxSystem::Continue(Context context, Span span, bool protect) {
   Use use(this, context);
-  return use.gone() ? Partial{-ESRCH, 0} : uffd::Continue(use.fd(), span, protect);
+  return use.gone() ? Partial{-ESRCH, 0} : Noted(Refusals::kContinue, uffd::Continue(use.fd(), span, protect));
 }
 
 Partial LinuxSystem::Move(Context context, Address to, Address from, std::size_t bytes) {
   Use use(this, context);
-  return use.gone() ? Partial{-ESRCH, 0} : uffd::Move(use.fd(), to, from, bytes);
+  return use.gone() ? Partial{-ESRCH, 0} : Noted(Refusals::kMove, uffd::Move(use.fd(), to, from, bytes));
 }
 
 Partial LinuxSystem::Copy(Context context, Address to, const void* from, std::size_t bytes, bool wake) {
   Use use(this, context);
-  return use.gone() ? Partial{-ESRCH, 0} : uffd::Copy(use.fd(), to, from, bytes, wake);
+  return use.gone() ? Partial{-ESRCH, 0} : Noted(Refusals::kCopy, uffd::Copy(use.fd(), to, from, bytes, wake));
 }
 
 Partial LinuxSystem::ZeroPage(Context context, Span span) {
   Use use(this, context);
-  return use.gone() ? Partial{-ESRCH, 0} : uffd::ZeroPage(use.fd(), span);
+  return use.gone() ? Partial{-ESRCH, 0} : Noted(Refusals::kZeroPage, uffd::ZeroPage(use.fd(), span));
 }
 
 int LinuxSystem::Wake(Context context, Span span) {
   Use use(this, context);
   if (use.gone()) return -ESRCH;
-  const int error = uffd::Wake(use.fd(), span);
+  const int error = refusals_.Note(Refusals::kWake, uffd::Wake(use.fd(), span));
   if (Refused(error)) GiveUp(context);
   return error;
 }
@@ -268,6 +268,7 @@ void LinuxSystem::GiveUp(Context context) {
   const int fd = contexts_[context];
   contexts_[context] = -1;
   close(fd);
+  given_up_.fetch_or(1u << context, std::memory_order_release);
 }
 
 bool LinuxSystem::EventPending(Context context) {
@@ -290,6 +291,7 @@ std::size_t LinuxSystem::ReadEvents(Context context, Event* events, std::size_t 
       if (children_.EvictOldest() || GiveUpSpare()) continue;
       break;
     }
+    if (got < 0) refusals_.Note(Refusals::kRead, got);
     if (Refused(got)) GiveUp(context);
     if (got <= 0) break;
     for (int i = 0; i < got; ++i) {
@@ -348,7 +350,9 @@ bool LinuxSystem::ContextAlive(Context child) {
 // --- page tables, the program's memory -----------------------------------------------------------------------------
 
 ScanResult LinuxSystem::Scan(Span span, const ScanRequest& request, PageRun* runs, std::size_t capacity) {
-  return pagemap_.Scan(span, request, runs, capacity);
+  const ScanResult result = pagemap_.Scan(span, request, runs, capacity);
+  refusals_.Note(Refusals::kScan, result.error);
+  return result;
 }
 
 int LinuxSystem::ReadSharing(Address start, Sharing* out, std::size_t pages) {
@@ -371,9 +375,13 @@ std::size_t LinuxSystem::ReadProgram(Address from, void* to, std::size_t bytes) 
   return done;
 }
 
-int LinuxSystem::Discard(Span span) { return raw::Madvise(span.start, span.bytes, MADV_DONTNEED); }
+int LinuxSystem::Discard(Span span) {
+  return refusals_.Note(Refusals::kMadvise, raw::Madvise(span.start, span.bytes, MADV_DONTNEED));
+}
 
-int LinuxSystem::PopulateWrite(Span span) { return raw::Madvise(span.start, span.bytes, uapi::kMadvPopulateWrite); }
+int LinuxSystem::PopulateWrite(Span span) {
+  return refusals_.Note(Refusals::kMadvise, raw::Madvise(span.start, span.bytes, uapi::kMadvPopulateWrite));
+}
 
 int LinuxSystem::ApplyAttributes(Span span, const Attributes& attributes) {
   int first_error = 0;
@@ -407,26 +415,28 @@ int LinuxSystem::MapFrames(Address at, std::size_t bytes, const File& file, std:
                            Address* out) {
   // No reservation: what counts against the commit limit is what the program's own mapping stood for already.
   int flags = MAP_PRIVATE | MAP_NORESERVE | (at ? MAP_FIXED : 0);
-  return raw::Mmap(at, bytes, ProtectionBits(protection), flags, file.fd, offset, out);
+  return refusals_.Note(Refusals::kMmap, raw::Mmap(at, bytes, ProtectionBits(protection), flags, file.fd, offset, out));
 }
 
 int LinuxSystem::MapAnonymous(Address at, std::size_t bytes, Protection protection, Address* out) {
   // Accounted, as the program's own memory is: mappings that differ in this never become one again.
   int flags = MAP_PRIVATE | MAP_ANONYMOUS | (at ? MAP_FIXED : 0);
-  return raw::Mmap(at, bytes, ProtectionBits(protection), flags, -1, 0, out);
+  return refusals_.Note(Refusals::kMmap, raw::Mmap(at, bytes, ProtectionBits(protection), flags, -1, 0, out));
 }
 
 int LinuxSystem::MoveMapping(Address from, std::size_t bytes, Address to) {
   Address moved;
-  return raw::Mremap(from, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to, &moved);
+  return refusals_.Note(Refusals::kMremap, raw::Mremap(from, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to, &moved));
 }
 
 int LinuxSystem::TakePages(Span span, Address* out) {
-  return raw::Mremap(span.start, span.bytes, MREMAP_MAYMOVE | uapi::kMremapDontUnmap, 0, out);
+  constexpr int kFlags = MREMAP_MAYMOVE | uapi::kMremapDontUnmap;
+  return refusals_.Note(Refusals::kMremap, raw::Mremap(span.start, span.bytes, kFlags, 0, out));
 }
 
 int LinuxSystem::Unmap(Span span) {
-  return static_cast<int>(raw::Repeat([&] { return syscall(SYS_munmap, span.start, span.bytes); }));
+  const auto error = raw::Repeat([&] { return syscall(SYS_munmap, span.start, span.bytes); });
+  return refusals_.Note(Refusals::kMunmap, static_cast<int>(error));
 }
 
 int LinuxSystem::Lock(Span span) {
@@ -434,22 +444,25 @@ int LinuxSystem::Lock(Span span) {
 }
 
 int LinuxSystem::Protect(Span span, Protection protection) {
-  return static_cast<int>(
-      raw::Repeat([&] { return syscall(SYS_mprotect, span.start, span.bytes, ProtectionBits(protection)); }));
+  const auto error =
+      raw::Repeat([&] { return syscall(SYS_mprotect, span.start, span.bytes, ProtectionBits(protection)); });
+  return refusals_.Note(Refusals::kMprotect, static_cast<int>(error));
 }
 
 // --- pool files ----------------------------------------------------------------------------------------------------
 
-int LinuxSystem::CreateFile(std::size_t bytes, File* out) { return CreatePoolFile(bytes, out); }
+int LinuxSystem::CreateFile(std::size_t bytes, File* out) {
+  return refusals_.Note(Refusals::kCreateFile, CreatePoolFile(bytes, out));
+}
 
 void LinuxSystem::CloseFile(const File& file) { close(file.fd); }
 
 Partial LinuxSystem::WriteFile(const File& file, std::uint64_t offset, Address from, std::size_t bytes) {
-  return WritePoolFile(file, offset, from, bytes);
+  return Noted(Refusals::kWriteFile, WritePoolFile(file, offset, from, bytes));
 }
 
 int LinuxSystem::PunchFile(const File& file, std::uint64_t offset, std::size_t bytes) {
-  return PunchPoolFile(file, offset, bytes);
+  return refusals_.Note(Refusals::kPunchFile, PunchPoolFile(file, offset, bytes));
 }
 
 std::size_t LinuxSystem::PunchFiles(Hole* holes, std::size_t count) { return batch_.Punch(holes, count); }
@@ -457,7 +470,7 @@ std::size_t LinuxSystem::PunchFiles(Hole* holes, std::size_t count) { return bat
 std::size_t LinuxSystem::WriteFiles(FrameWrite* writes, std::size_t count) { return batch_.Write(writes, count); }
 
 int LinuxSystem::MapFile(const File& file, std::size_t bytes, const std::byte** out) {
-  return MapPoolFile(file, bytes, out);
+  return refusals_.Note(Refusals::kMapFile, MapPoolFile(file, bytes, out));
 }
 
 void LinuxSystem::UnmapFile(const std::byte* view, std::size_t bytes) {

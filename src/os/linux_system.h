@@ -14,6 +14,7 @@
 #include "os/pins.h"
 #include "os/probe.h"
 #include "os/process.h"
+#include "os/refusals.h"
 
 namespace ksmu::os {
 
@@ -43,6 +44,10 @@ class LinuxSystem final : public System {
   // The library's own threads are told apart from the program's by their ids. Each registers itself first of all.
   bool RegisterOwnThread(int thread) { return own_threads_.Add(thread); }
   void ForgetOwnThread(int thread) { own_threads_.Remove(thread); }
+
+  const Refusals& refusals() const { return refusals_; }
+  // Bits by ContextHandle: contexts that were closed because a filter refuses what somebody waits for.
+  std::uint32_t given_up() const { return given_up_.load(std::memory_order_acquire); }
 
   std::size_t PageSize() const override { return page_bytes_; }
   const Features& features() const override { return features_; }
@@ -111,6 +116,10 @@ class LinuxSystem final : public System {
   void CloseAll();
   static bool Refused(int error) { return error == -EPERM || error == -EACCES || error == -ENOSYS; }
   void GiveUp(Context context);
+  Partial Noted(Refusals::Call call, Partial partial) {
+    refusals_.Note(call, partial.error);
+    return partial;
+  }
   bool GiveUpSpare();
 
   // A context's descriptor for the length of a call.
@@ -127,6 +136,8 @@ class LinuxSystem final : public System {
   MemoryBudget memory_;
   OwnThreads own_threads_;
   PinPolicy pins_;
+  Refusals refusals_;
+  std::atomic<std::uint32_t> given_up_{0};
   Address idle_page_ = 0;  // registered with nothing, for ever
 
   std::atomic<int> spare_fd_{-1};

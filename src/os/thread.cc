@@ -7,10 +7,12 @@
 #include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/resource.h>
+#include <sys/utsname.h>
 #include <time.h>
 
 #include <algorithm>
 #include <climits>
+#include <cstring>
 
 #include "os/mappings.h"
 #include "os/pool_file.h"
@@ -85,6 +87,14 @@ std::uint64_t Entropy() {
     seed = static_cast<std::uint64_t>(now.tv_nsec) * 0x9E3779B97F4A7C15ull ^ static_cast<std::uint64_t>(now.tv_sec);
   }
   return seed;
+}
+
+void KernelRelease(char* text, std::size_t capacity) {
+  utsname name{};
+  uname(&name);
+  const std::size_t length = std::min(std::strlen(name.release), capacity - 1);
+  std::memcpy(text, name.release, length);
+  text[length] = 0;
 }
 
 int DiscardWithoutEngine(Span span) {

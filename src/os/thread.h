@@ -31,6 +31,8 @@ void YieldThread();
 int ProcessId();             // not cached: a raw clone does not tell anybody
 std::size_t SystemPageSize();
 std::uint64_t Entropy();
+// The kernel's release, like "6.12.1", cut to fit.
+void KernelRelease(char* text, std::size_t capacity);
 
 // For a child made by a raw clone, in which nothing of the library may be used but the kernel: discards the range, and
 // puts anonymous memory where pool mappings of the parent's library would show frames again. 0 or -errno.

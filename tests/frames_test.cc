@@ -1,0 +1,548 @@
+// Frames over the simulated system: which one is given out next, what keeps a frame's bytes and what its place, forked
+// children, the index.
+#include <gtest/gtest.h>
+
+#include <cerrno>
+#include <cstring>
+#include <map>
+#include <optional>
+#include <set>
+#include <vector>
+
+#include "frames/fork_watch.h"
+#include "frames/index.h"
+#include "frames/pool.h"
+#include "os/fake_system.h"
+
+namespace ksmu::frames {
+namespace {
+
+using os::FakeOperation;
+constexpr std::size_t kPage = 4096;
+
+class Frames : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    sys.MapProgram(os::FakeSystem::kProgramBase, 64 * kPage);
+    thread = sys.AddThread();
+    forks.emplace(sys);
+    ASSERT_EQ(forks->Start(), 0);
+    pool.emplace(sys, *forks);
+  }
+  void TearDown() override {
+    pool.reset();
+    forks.reset();
+    for (const std::string& v : sys.violations()) ADD_FAILURE() << v;
+  }
+  os::ProcessId Fork(os::ThreadId by) {
+    EXPECT_TRUE(sys.Run(by, {.kind = FakeOperation::kFork}));
+    return sys.Outcome(by).child;
+  }
+  os::ProcessId Fork() { return Fork(thread); }
+  // A frame with its bytes written, as the engine publishes it.
+  Frame Publish(int value) {
+    const Frame f = pool->Allocate();
+    if (f == kNoFrame) return f;
+    const std::vector<std::byte> bytes(kPage, std::byte(value));
+    EXPECT_EQ(sys.WriteFile(pool->OsFile(f), pool->Offset(f), reinterpret_cast<os::Address>(bytes.data()), kPage).done, kPage);
+    return f;
+  }
+  std::vector<Frame> Allocate(std::size_t n) {
+    std::vector<Frame> frames;
+    for (std::size_t i = 0; i < n; ++i) frames.push_back(pool->Allocate());
+    return frames;
+  }
+  // Frames of which the pool said that they end, in their order.
+  std::vector<Frame> Reclaim() {
+    forgotten.clear();
+    punched = pool->Reclaim(
+        [](void* self, Frame f) {
+          auto& t = *static_cast<Frames*>(self);
+          EXPECT_TRUE(t.pool->Live(f)) << "asked for its hash after its bytes have gone";
+          t.forgotten.push_back(f);
+        },
+        this);
+    return forgotten;
+  }
+
+  os::FakeSystem sys;
+  os::ThreadId thread = -1;
+  std::optional<ForkWatch> forks;
+  std::optional<Pool> pool;
+  std::vector<Frame> forgotten;
+  std::size_t punched = 0;
+};
+
+using PoolTest = Frames;
+
+TEST_F(PoolTest, FramesAreConsecutiveInTheOrderInWhichTheyAreAskedFor) {
+  const std::vector<Frame> frames = Allocate(1000);
+  for (std::size_t i = 0; i < frames.size(); ++i) {
+    ASSERT_EQ(frames[i], frames[0] + i);
+    EXPECT_EQ(pool->Offset(frames[i]), pool->Offset(frames[0]) + i * kPage);
+    EXPECT_TRUE(pool->SameFile(frames[i], frames[0]));
+    EXPECT_TRUE(pool->Live(frames[i]));
+  }
+  EXPECT_EQ(pool->live(), 1000u);
+  EXPECT_EQ(pool->in_use(), 1000u);
+  EXPECT_EQ(pool->shared(), 0u);
+  os::File file;
+  EXPECT_EQ(pool->Files(&file, 1), 1u);
+  EXPECT_EQ(file.fd, pool->OsFile(frames[0]).fd);
+}
+
+TEST_F(PoolTest, BytesAreThoseWrittenAndGoWithTheLastSharer) {
+  const Frame a = Publish(1), b = Publish(2);
+  EXPECT_EQ(pool->Bytes(a)[0], std::byte(1));
+  EXPECT_EQ(pool->Bytes(b)[kPage - 1], std::byte(2));
+  pool->Share(a);
+  pool->Share(a);
+  pool->Share(b);
+  EXPECT_EQ(pool->shared(), 2u);
+  EXPECT_EQ(pool->sharers(a), 2u);
+  pool->Unshare(a);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{}) << "one sharer is left";
+  EXPECT_EQ(pool->Bytes(a)[0], std::byte(1));
+  EXPECT_EQ(pool->shared(), 2u);
+  pool->Unshare(a);
+  EXPECT_TRUE(pool->ReclaimDue());
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{a});
+  EXPECT_EQ(punched, 1u);
+  EXPECT_EQ(sys.FramePages(), 1u);
+  EXPECT_FALSE(pool->ReclaimDue());
+  EXPECT_FALSE(pool->Live(a));
+  EXPECT_EQ(pool->Bytes(b)[0], std::byte(2));
+  EXPECT_EQ(pool->shared(), 1u);
+  EXPECT_EQ(pool->live(), 1u);
+}
+
+TEST_F(PoolTest, PinsKeepTheBytesAndCoversThePlace) {
+  const Frame a = Publish(1);
+  pool->Pin(a);
+  pool->Share(a);
+  pool->Cover(a);
+  pool->Unshare(a);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{});
+  EXPECT_TRUE(pool->Live(a));
+  pool->Unpin(a);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{a});
+  EXPECT_EQ(pool->live(), 0u);
+  EXPECT_EQ(pool->in_use(), 1u) << "a mapping covers the place";
+  pool->Uncover(a);
+  EXPECT_TRUE(pool->ReclaimDue());
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{}) << "it was given up before";
+  EXPECT_EQ(pool->in_use(), 0u);
+}
+
+TEST_F(PoolTest, WhatIsNeverMappedIsReclaimed) {
+  const Frame a = Publish(1), b = Publish(2);
+  pool->Pin(b);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{a});
+  EXPECT_EQ(pool->in_use(), 1u);
+  pool->Unpin(b);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{b});
+  EXPECT_EQ(pool->in_use(), 0u);
+}
+
+TEST_F(PoolTest, NeighboursArePunchedByOneCall) {
+  const std::vector<Frame> frames = Allocate(100);
+  pool->Pin(frames[40]);
+  std::vector<os::Span> holes;
+  sys.hooks.after = [&](const os::FakeCall& call) {
+    if (std::string_view(call.name) == "PunchFile") holes.push_back(call.span);
+  };
+  EXPECT_EQ(Reclaim().size(), 99u);
+  ASSERT_EQ(holes.size(), 2u);
+  EXPECT_EQ(holes[0].start, pool->Offset(frames[0]));
+  EXPECT_EQ(holes[0].bytes, 40 * kPage);
+  EXPECT_EQ(holes[1].start, pool->Offset(frames[41]));
+  EXPECT_EQ(holes[1].bytes, 59 * kPage);
+}
+
+// New places come first; freed ones are used again once they are a chunk and a quarter of the whole, the longest run of a
+// chunk before the shorter ones, so that frames stay consecutive.
+TEST_F(PoolTest, FreedPlacesComeBackLongestRunFirst) {
+  const std::vector<Frame> frames = Allocate(2048);
+  for (std::size_t i = 0; i < 2048; ++i) {
+    if (i >= 1024 || i == 100 || i == 600) pool->Share(frames[i]);
+  }
+  EXPECT_EQ(Reclaim().size(), 1022u);
+  EXPECT_EQ(pool->in_use(), 1026u);
+  std::vector<Frame> expected;
+  for (std::size_t i = 101; i < 512; ++i) expected.push_back(frames[i]);
+  for (std::size_t i = 0; i < 100; ++i) expected.push_back(frames[i]);
+  // 511 are left: too few to be looked for.
+  for (std::size_t i = 0; i < 10; ++i) expected.push_back(frames[2047] + 1 + static_cast<Frame>(i));
+  EXPECT_EQ(Allocate(expected.size()), expected);
+}
+
+TEST_F(PoolTest, ARecycledFrameStartsAnew) {
+  sys.file_size_limit = 512 * kPage;
+  const std::vector<Frame> frames = Allocate(512);
+  for (const Frame f : frames) {
+    pool->set_hash(f, 77);
+    pool->set_next(f, frames[0]);
+  }
+  EXPECT_EQ(Reclaim().size(), 512u);
+  const std::set<Frame> before(frames.begin(), frames.end());
+  const Frame again = pool->Allocate();
+  EXPECT_TRUE(before.count(again));
+  EXPECT_EQ(pool->hash(again), 0u);
+  EXPECT_EQ(pool->next(again), kNoFrame);
+  EXPECT_EQ(pool->sharers(again), 0u);
+  EXPECT_EQ(pool->pins(again), 0u);
+  EXPECT_EQ(pool->Bytes(again)[0], std::byte(0)) << "the old bytes were given back";
+}
+
+TEST_F(PoolTest, AChainIsKeptWhateverHappensToItsFrames) {
+  const Frame a = Publish(1), b = Publish(1), c = Publish(1);
+  pool->set_next(c, b);
+  pool->set_next(b, a);
+  for (const Frame f : {a, b, c}) pool->set_hash(f, 0x1234);
+  for (const Frame f : {a, c}) pool->Share(f);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{b});
+  EXPECT_EQ(pool->next(c), b) << "to be unlinked by whoever is told that it ends";
+  EXPECT_EQ(pool->next(b), a);
+  EXPECT_EQ(pool->next(a), kNoFrame);
+  EXPECT_EQ(pool->hash(a), 0x1234u);
+}
+
+TEST_F(PoolTest, NothingIsPunchedThatAChildMayMap) {
+  const Frame a = Publish(1);
+  pool->Share(a);
+  const os::ProcessId child = Fork();
+  pool->Unshare(a);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{});
+  EXPECT_TRUE(pool->ReclaimDue()) << "it is to be asked again";
+  EXPECT_TRUE(pool->Live(a));
+  // A newer frame cannot be in a mapping of that child.
+  const Frame b = Publish(2);
+  pool->Share(b);
+  pool->Unshare(b);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{b});
+  // The child's own child has what it has.
+  const os::ThreadId in_child = sys.AddThread(child);
+  const os::ProcessId grandchild = Fork(in_child);
+  sys.Exit(child);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{});
+  sys.Exit(grandchild);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{a});
+  EXPECT_FALSE(pool->ReclaimDue());
+}
+
+TEST_F(PoolTest, APlaceIsNotReusedThatAChildMayMap) {
+  const Frame a = Publish(1);
+  pool->Share(a);
+  pool->Cover(a);
+  pool->Unshare(a);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{a});
+  const os::ProcessId child = Fork();  // inherits the mapping over the empty place
+  pool->Uncover(a);
+  Reclaim();
+  EXPECT_EQ(pool->in_use(), 1u);
+  EXPECT_TRUE(pool->ReclaimDue());
+  sys.Exit(child);
+  Reclaim();
+  EXPECT_EQ(pool->in_use(), 0u);
+}
+
+TEST_F(PoolTest, APunchThatIsRefusedIsTriedAgain) {
+  const Frame a = Publish(1);
+  pool->Share(a);
+  pool->Unshare(a);
+  int refused = 0;
+  sys.hooks.before = [&](os::FakeCall& call) {
+    if (std::string_view(call.name) != "PunchFile") return 0;
+    ++refused;
+    return -ENOMEM;
+  };
+  Reclaim();
+  EXPECT_EQ(punched, 0u);
+  EXPECT_EQ(refused, 1);
+  EXPECT_TRUE(pool->Live(a));
+  EXPECT_EQ(pool->in_use(), 1u) << "its bytes are there: not to be reused";
+  EXPECT_TRUE(pool->ReclaimDue());
+  sys.hooks.before = nullptr;
+  Reclaim();
+  EXPECT_EQ(punched, 1u);
+  EXPECT_EQ(pool->in_use(), 0u);
+}
+
+TEST_F(PoolTest, ManyFilesAndTheLimitOfTheirSize) {
+  sys.file_size_limit = 512 * kPage;
+  const std::vector<Frame> frames = Allocate(1100);
+  std::set<int> files;
+  for (std::size_t i = 0; i < frames.size(); ++i) {
+    ASSERT_NE(frames[i], kNoFrame);
+    files.insert(pool->OsFile(frames[i]).fd);
+    EXPECT_LT(pool->Offset(frames[i]), 512 * kPage);
+    for (const std::size_t k : {0, 512, 1024}) ASSERT_EQ(pool->SameFile(frames[i], frames[k]), i / 512 == k / 512) << i;
+  }
+  EXPECT_EQ(files.size(), 3u);
+  EXPECT_EQ(std::set<Frame>(frames.begin(), frames.end()).size(), frames.size());
+}
+
+TEST_F(PoolTest, NoPoolIsAnAnswer) {
+  sys.file_size_limit = 512 * kPage - 1;
+  EXPECT_EQ(pool->Allocate(), kNoFrame);
+  sys.file_size_limit = UINT64_MAX;
+  for (const char* refused : {"CreateFile", "MapFile"}) {
+    sys.hooks.before = [&](os::FakeCall& call) { return std::string_view(call.name) == refused ? -EMFILE : 0; };
+    int open = 0;
+    sys.hooks.after = [&](const os::FakeCall& call) {
+      open += std::string_view(call.name) == "CreateFile" && std::string_view(refused) != "CreateFile";
+      open -= std::string_view(call.name) == "CloseFile";
+    };
+    EXPECT_EQ(pool->Allocate(), kNoFrame) << refused;
+    EXPECT_EQ(open, 0) << "a file has been left behind";
+    sys.hooks.after = nullptr;
+  }
+  EXPECT_EQ(pool->in_use(), 0u);
+  sys.hooks.before = nullptr;
+  EXPECT_NE(pool->Allocate(), kNoFrame);
+}
+
+TEST_F(PoolTest, KnowsItsOwnMappings) {
+  const Frame a = pool->Allocate(), b = pool->Allocate();
+  os::Mapping m;
+  m.start = 0x10000;
+  m.end = m.start + 4 * kPage;
+  m.device = pool->OsFile(a).device;
+  m.inode = pool->OsFile(a).inode;
+  m.offset = pool->Offset(a);
+  EXPECT_TRUE(pool->IsPoolMapping(m));
+  EXPECT_TRUE(pool->Shows(m, m.start, a));
+  EXPECT_TRUE(pool->Shows(m, m.start + kPage, b));
+  EXPECT_FALSE(pool->Shows(m, m.start, b));
+  EXPECT_FALSE(pool->Shows(m, m.end, a + 4));
+  EXPECT_FALSE(pool->Shows(m, m.start - kPage, a));
+  os::Mapping other = m;
+  other.inode++;
+  EXPECT_FALSE(pool->IsPoolMapping(other));
+  EXPECT_FALSE(pool->Shows(other, m.start, a));
+  other = m;
+  other.shared = true;
+  EXPECT_FALSE(pool->IsPoolMapping(other));
+  EXPECT_FALSE(pool->Shows(other, m.start, a));
+  other = m;
+  other.anonymous = true;
+  EXPECT_FALSE(pool->IsPoolMapping(other));
+  EXPECT_FALSE(pool->Shows(other, m.start, a));
+}
+
+// --- fork watch ------------------------------------------------------------------------------------------------------
+
+using ForkWatchTest = Frames;
+
+TEST_F(ForkWatchTest, AnEpochEndsWithTheFirstForkInIt) {
+  EXPECT_EQ(forks->epoch(), 0);
+  EXPECT_TRUE(forks->NoChildSince(0));
+  EXPECT_EQ(forks->epoch(), 0) << "no child, no new epoch";
+  const os::ProcessId first = Fork();
+  EXPECT_FALSE(forks->NoChildSince(0));
+  EXPECT_EQ(forks->epoch(), 1);
+  EXPECT_TRUE(forks->NoChildSince(1)) << "the child is older";
+  const os::ProcessId second = Fork();
+  EXPECT_FALSE(forks->NoChildSince(1));
+  EXPECT_EQ(forks->epoch(), 2);
+  sys.Exit(first);
+  EXPECT_FALSE(forks->NoChildSince(0)) << "the second was forked after epoch 0 as well";
+  sys.Exit(second);
+  EXPECT_TRUE(forks->NoChildSince(0));
+  EXPECT_TRUE(forks->NoChildSince(1));
+  EXPECT_EQ(forks->epoch(), 2);
+  EXPECT_FALSE(forks->NoChildSince(3)) << "there is no such epoch";
+  const os::ProcessId third = Fork();
+  EXPECT_FALSE(forks->NoChildSince(2));
+  EXPECT_EQ(forks->epoch(), 3);
+  EXPECT_TRUE(forks->NoChildSince(3)) << "asked about before it began, and good all the same";
+  sys.Exit(third);
+}
+
+TEST_F(ForkWatchTest, EpochsRunOutAndStaySafe) {
+  std::vector<os::ProcessId> children;
+  for (std::size_t i = 0; i < ForkWatch::kMaxEpochs + 5; ++i) {
+    children.push_back(Fork());
+    EXPECT_FALSE(forks->NoChildSince(0));
+  }
+  const auto last = static_cast<std::uint16_t>(ForkWatch::kMaxEpochs - 1);
+  EXPECT_EQ(forks->epoch(), last);
+  EXPECT_FALSE(forks->NoChildSince(last));
+  for (std::size_t i = 0; i + 1 < children.size(); ++i) sys.Exit(children[i]);
+  EXPECT_FALSE(forks->NoChildSince(last)) << "the newest child is of the last epoch";
+  sys.Exit(children.back());
+  EXPECT_TRUE(forks->NoChildSince(last));
+  EXPECT_TRUE(forks->NoChildSince(0));
+}
+
+TEST_F(ForkWatchTest, WhatCannotBeAskedIsAChild) {
+  sys.hooks.before = [](os::FakeCall& call) { return std::string_view(call.name) == "ReadSharing" ? -EPERM : 0; };
+  EXPECT_FALSE(forks->NoChildSince(0));
+  sys.hooks.before = nullptr;
+  EXPECT_TRUE(forks->NoChildSince(0)) << "and is asked again";
+}
+
+// A child's entry for a swapped page is not counted as a mapping: once a canary has been away it proves nothing any more.
+TEST_F(ForkWatchTest, ACanaryThatHasBeenAwayIsNotBelieved) {
+  os::Address canary = 0;
+  sys.hooks.after = [&](const os::FakeCall& call) {
+    if (std::string_view(call.name) == "ReadSharing" && !canary) canary = call.span.start;
+  };
+  EXPECT_TRUE(forks->NoChildSince(0));
+  ASSERT_NE(canary, 0u);
+  ASSERT_EQ(sys.Discard({canary, kPage}), 0);
+  EXPECT_FALSE(forks->NoChildSince(0));
+  *reinterpret_cast<volatile unsigned char*>(canary) = 1;  // there again, and exclusive
+  EXPECT_FALSE(forks->NoChildSince(0));
+  EXPECT_EQ(forks->epoch(), 1);
+  EXPECT_TRUE(forks->NoChildSince(1));
+}
+
+// --- index -----------------------------------------------------------------------------------------------------------
+
+using Visit = Index::Visit;
+
+// The index remembers 26 bits of a hash; the rest is the owner's. Here the owner is a map.
+class IndexTest : public ::testing::Test {
+ protected:
+  IndexTest() {
+    index.SetHashOf(
+        [](void* self, const Index::Entry& entry, std::uint32_t* hash) {
+          auto& hashes = static_cast<IndexTest*>(self)->hashes;
+          const auto it = hashes.find(entry.is_frame ? entry.frame : entry.page << 32);
+          if (it == hashes.end()) return false;
+          *hash = it->second;
+          return true;
+        },
+        this);
+  }
+  void InsertPage(std::uint32_t hash, std::uint64_t page) {
+    hashes[page << 32] = hash;
+    ASSERT_TRUE(index.Insert(hash, {false, kNoFrame, page}));
+  }
+  void InsertFrame(std::uint32_t hash, Frame frame) {
+    hashes[frame] = hash;
+    ASSERT_TRUE(index.Insert(hash, {true, frame, 0}));
+  }
+  std::multiset<std::uint64_t> Pages(std::uint32_t hash) {
+    std::multiset<std::uint64_t> found;
+    index.Lookup(hash, [&](const Index::Entry& e) {
+      if (!e.is_frame) found.insert(e.page);
+      return Visit::kNext;
+    });
+    return found;
+  }
+  void Erase(std::uint32_t hash, std::uint64_t page) {
+    int erased = 0;
+    index.Lookup(hash, [&](const Index::Entry& e) {
+      if (e.is_frame || e.page != page) return Visit::kNext;
+      ++erased;
+      return Visit::kEraseStop;
+    });
+    EXPECT_EQ(erased, 1);
+  }
+  Index index;
+  std::map<std::uint64_t, std::uint32_t> hashes;
+};
+
+TEST_F(IndexTest, EmptyFindsNothing) {
+  EXPECT_TRUE(Pages(0).empty());
+  EXPECT_EQ(index.size(), 0u);
+  EXPECT_EQ(index.metadata_bytes(), 0u);
+}
+
+TEST_F(IndexTest, PagesAndFramesAreToldApart) {
+  constexpr std::uint64_t kHighPage = (std::uint64_t{1} << 36) - 1;  // the last below 2^48
+  InsertPage(5, kHighPage);
+  InsertFrame(5, 0xfffffffe);
+  InsertFrame(0, 0);
+  int frames = 0, pages = 0;
+  index.Lookup(5, [&](const Index::Entry& e) {
+    if (e.is_frame) {
+      ++frames;
+      EXPECT_EQ(e.frame, 0xfffffffeu);
+    } else {
+      ++pages;
+      EXPECT_EQ(e.page, kHighPage);
+    }
+    return Visit::kNext;
+  });
+  EXPECT_EQ(frames, 1);
+  EXPECT_EQ(pages, 1);
+  int zero = 0;
+  index.Lookup(0, [&](const Index::Entry& e) { return zero += e.is_frame && e.frame == 0, Visit::kNext; });
+  EXPECT_EQ(zero, 1) << "frame 0 of hash 0 is not an empty slot";
+  InsertPage(1, 0);
+  InsertPage(2, 1);
+  EXPECT_EQ(Pages(1).count(0), 1u) << "nor is page 0";
+  EXPECT_EQ(Pages(2).count(1), 1u) << "nor is page 1 an erased one";
+}
+
+TEST_F(IndexTest, EqualHashesAreAllVisitedUntilTheVisitorHasEnough) {
+  for (std::uint64_t page = 1; page <= 50; ++page) InsertPage(0xdeadbeef, page);
+  EXPECT_EQ(Pages(0xdeadbeef).size(), 50u);
+  int visited = 0;
+  index.Lookup(0xdeadbeef, [&](const Index::Entry&) { return ++visited == 7 ? Visit::kStop : Visit::kNext; });
+  EXPECT_EQ(visited, 7);
+  // An erased one in the middle does not hide those behind it.
+  std::multiset<std::uint64_t> expected;
+  for (std::uint64_t page = 1; page <= 50; ++page) {
+    if (page % 3) expected.insert(page);
+    else Erase(0xdeadbeef, page);
+  }
+  EXPECT_EQ(Pages(0xdeadbeef), expected);
+  EXPECT_EQ(index.size(), expected.size());
+  index.Lookup(0xdeadbeef, [&](const Index::Entry&) { return Visit::kEraseNext; });
+  EXPECT_TRUE(Pages(0xdeadbeef).empty());
+  EXPECT_EQ(index.size(), 0u);
+}
+
+TEST_F(IndexTest, OtherHashesAreNotVisited) {
+  for (std::uint64_t page = 1; page <= 2000; ++page) InsertPage(static_cast<std::uint32_t>(page << 7), page);
+  for (std::uint64_t page = 1; page <= 2000; ++page) {
+    EXPECT_EQ(Pages(static_cast<std::uint32_t>(page << 7)), std::multiset<std::uint64_t>{page});
+    EXPECT_TRUE(Pages(static_cast<std::uint32_t>(page << 7 | 1u << 31)).empty());
+  }
+}
+
+TEST_F(IndexTest, GrowingKeepsWhatIsAliveAndLeavesTheRestBehind) {
+  constexpr std::uint64_t kPages = 20'000;
+  std::size_t largest = 0;
+  for (std::uint64_t page = 1; page <= kPages; ++page) {
+    // Three pages of each hash, spread by a multiplication.
+    InsertPage(static_cast<std::uint32_t>(page / 3 * 2654435761u), page);
+    if (page == 3000) {
+      for (std::uint64_t stale = 1; stale <= 1000; ++stale) hashes.erase(stale << 32);
+    }
+    EXPECT_GE(index.metadata_bytes(), largest);
+    largest = index.metadata_bytes();
+  }
+  EXPECT_GT(largest, 4096 * sizeof(std::uint64_t)) << "it has grown";
+  EXPECT_EQ(index.size(), kPages - 1000);
+  for (std::uint64_t page = 1; page <= kPages; ++page) {
+    const auto found = Pages(static_cast<std::uint32_t>(page / 3 * 2654435761u));
+    EXPECT_EQ(found.count(page), page > 1000 ? 1u : 0u) << page;
+  }
+}
+
+TEST_F(IndexTest, InsertingAndErasingForEverNeitherFillsNorGrowsIt) {
+  for (std::uint64_t page = 1; page <= 100; ++page) InsertPage(static_cast<std::uint32_t>(page * 2654435761u), page);
+  const std::size_t bytes = index.metadata_bytes();
+  for (std::uint64_t page = 101; page <= 100'000; ++page) {
+    InsertPage(static_cast<std::uint32_t>(page * 2654435761u), page);
+    Erase(static_cast<std::uint32_t>((page - 100) * 2654435761u), page - 100);
+    hashes.erase((page - 100) << 32);
+  }
+  EXPECT_EQ(index.metadata_bytes(), bytes);
+  EXPECT_EQ(index.size(), 100u);
+  for (std::uint64_t page = 99'901; page <= 100'000; ++page) {
+    EXPECT_EQ(Pages(static_cast<std::uint32_t>(page * 2654435761u)).count(page), 1u);
+  }
+  index.Clear();
+  EXPECT_EQ(index.size(), 0u);
+  EXPECT_EQ(index.metadata_bytes(), 0u);
+  EXPECT_TRUE(Pages(5).empty());
+}
+
+}  // namespace
+}  // namespace ksmu::frames
