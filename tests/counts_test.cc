@@ -41,6 +41,7 @@ class Counts : public ::testing::TestWithParam<std::tuple<Driver, int>> {
     Set("cpu_limit_percent", 100);
     Set("sleep_millisecs", 0);
     Set("remerge_seconds", 0);
+    Set("thp_min_duplicates", 0);  // also where the system makes everything huge
   }
   void Advise(const Memory& memory) const {
     ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE | flags()));

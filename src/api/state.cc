@@ -54,7 +54,7 @@ const Tunable kTunables[] = {
     {"remerge_seconds", &g_settings.remerge_seconds, 60, 0, 4000},
     {"max_maps", &g_settings.max_maps, 0, 0, kNoMaximum},
     {"merge_across_nodes", nullptr, 1, 0, 1},
-    {"thp_min_duplicates", nullptr, 64, 0, 512},
+    {"thp_min_duplicates", &g_settings.thp_min_duplicates, 64, 0, 512},
 };
 
 constexpr std::size_t kTunableCount = sizeof kTunables / sizeof *kTunables;

@@ -275,6 +275,7 @@ int Engine::UnmergeRange(const Region& region, Span span) {
     }
     segment->unsettled = 1;
     segment->backoff = segment->wait = 0;
+    segment->huge = Segment::kPlain;
     FillMarked({low, high - low});
   }
   return 0;
@@ -539,7 +540,8 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   if (attributes_cost_ < kCheapAttributes) attributes_until_ = 0;
   // Pages that went back to anonymous memory on the way are merged by another round.
   std::int64_t detached = -1;
-  for (int round = 0; round < 3 && detached != counters_.detached.load(std::memory_order_relaxed); ++round) {
+  bool approved = false;
+  for (int round = 0; round < 3 && (approved || detached != counters_.detached.load(std::memory_order_relaxed)); ++round) {
     detached = counters_.detached.load(std::memory_order_relaxed);
     Region region;
     for (Address next = span.start; NextIn(span, &next, &region);) {
@@ -552,6 +554,7 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
         at = swept_to > at ? swept_to : chunk_end;
       }
     }
+    approved = ApproveSampled(span);
   }
   if (pool_.ReclaimDue()) pool_.Reclaim(&Engine::ForgetFrame, this);
   now_ = false;
@@ -562,7 +565,7 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
 std::size_t Engine::metadata_bytes() const {
   // Scratch memory counts as far as it has been used.
   return table_.metadata_bytes() + regions_.metadata_bytes() + excluded_.metadata_bytes() + pool_.metadata_bytes() +
-         index_.metadata_bytes() + buffer_used_ + huge_used_;
+         index_.metadata_bytes() + buffer_used_ + huge_used_ + sample_table_.metadata_bytes() + samples_.bytes();
 }
 
 }  // namespace ksmu::engine

@@ -8,6 +8,7 @@
 //
 //   sweep.cc    which pages were written, which are still            merge.cc    shut, take, prove, attach, open
 //   match.cc    hash, look up, publish                               detach.cc   merge again in place; back to anonymous
+//   huge.cc     huge pages: sampled before split
 //   commands.cc advise, unmerge, release, discard, unmap             events.cc   discards, faults, forks, moves
 #pragma once
 
@@ -26,6 +27,7 @@
 #include "frames/fork_watch.h"
 #include "frames/index.h"
 #include "frames/pool.h"
+#include "frames/sample_table.h"
 #include "os/os.h"
 
 namespace ksmu::engine {
@@ -37,6 +39,7 @@ struct Tunables {
   std::atomic<std::int64_t> smart_scan{1};
   std::atomic<std::int64_t> remerge{1};
   std::atomic<std::int64_t> remerge_seconds{60};
+  std::atomic<std::int64_t> thp_min_duplicates{64};
   std::atomic<std::int64_t> max_maps{0};  // 0: three quarters of vm.max_map_count
 };
 
@@ -151,6 +154,17 @@ class Engine {
   void Audit(const Region& region);  // forgets what was unmapped without a word
   bool Later(Page page) const;       // kUnmerged: its time has not come
 
+  // huge.cc
+  bool SamplesHuge() const;
+  void SetSegment(const Segment& segment, Page to);
+  bool BeginSampling(const Region& region, Address start);
+  void EndSampling(Segment* segment, bool approved);
+  bool SampleSegment(Segment* segment);
+  std::size_t ExpectedOf(const Segment& segment, bool now);
+  void TendSampled(Segment* segment, bool now);
+  bool ApproveIfWorthIt(Segment* segment, bool now);
+  bool ApproveSampled(Span span);
+
   // match.cc
   std::size_t HashAndMatch(const Region& region, const Address* pages, std::size_t count);
   std::size_t ReadPages(const Address* pages, std::size_t count, std::byte* into);
@@ -237,6 +251,8 @@ class Engine {
   frames::ForkWatch forks_;
   frames::Pool pool_;
   frames::Index index_;
+  frames::SampleTable sample_table_;
+  base::OwnSlab<Sample> samples_;
   Gate gate_;
   std::atomic<std::size_t> maps_used_{0};
 

@@ -28,13 +28,25 @@ struct Block {
   std::array<std::atomic<std::uint64_t>, kBlockPages> words{};
 };
 
+// What was seen of a segment that is mapped by a huge page; see huge.cc.
+struct Sample {
+  std::array<std::uint32_t, 64> hashes{};  // sorted
+  std::uint64_t still = 0;                 // which of them were there the last time, too
+  std::size_t count = 0, zeros = 0, still_zeros = 0;
+  bool taken = false;
+  void Clear() { *this = Sample(); }
+};
+
 struct Segment {
+  enum Huge : std::uint8_t { kPlain, kSampling, kApproved };
   Address start = 0;
   std::array<std::atomic<Block*>, kMaxSegmentPages / kBlockPages> blocks{};
   std::uint16_t expected_present = 0;  // pages that the last sweep found present and private; scanner only
   std::uint16_t unsettled = 0;         // pages that the next sweep has to look at whatever it finds; scanner only
   std::uint8_t backoff = 0;            // sweeps to leave out are 2^backoff - 1; scanner only
   std::uint8_t wait = 0;               // sweeps still to be left out
+  Huge huge = kPlain;                  // scanner only
+  Sample* sample = nullptr;            // kSampling
 };
 
 class PageTable {

@@ -12,7 +12,7 @@ namespace {
 constexpr std::int64_t kMillisecond = 1'000'000;
 constexpr std::int64_t kFirstPassSleep = 100 * kMillisecond;  // the interval in which a page has to be still
 constexpr std::int64_t kLongestPassSleep = 2000 * kMillisecond;
-constexpr int kScannerNice = 5;
+constexpr int kScannerNice = 0;
 constexpr int kEventWaitMs = 1000;
 constexpr int kStopPatience = 200;  // times 10 ms
 }  // namespace

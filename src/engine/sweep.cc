@@ -105,17 +105,30 @@ bool Engine::Housekeeping() {
 // One scan of [from, to), and what follows from it. With `now`, pages need not have been still. Returns pages read.
 std::size_t Engine::Sweep(const Region& region, Address from, Address to, bool now, Address* swept_to) {
   now_ = now;
+  // Whole segments, as far as the region goes.
+  if (to < region.end && (to & ~(kSegmentBytes - 1)) > from) to &= ~(kSegmentBytes - 1);
   *swept_to = to;
   if (gate_.LeftShut() && !gate_.Repair() && gate_.LeftShut()) return 0;
-  if (!now) {
-    // Segments that keep being written are not armed for a while, so that the program does not pay for being watched.
+  {
+    // Segments that keep being written are not armed for a while, so that the program does not pay for being watched; those
+    // mapped by huge pages not before it is known to be worth it.
     Segment* segment = table_.NextSegment(from);
-    while (segment && segment->start < to && segment->wait == 0) {
+    while (segment && segment->start < to && (segment->wait == 0 || now) && segment->huge != Segment::kSampling) {
       segment = table_.NextSegment(segment->start + kSegmentBytes);
     }
     if (segment && segment->start < to) {
       const Address end = std::min(to, segment->start + kSegmentBytes);
       if (segment->start <= from) {
+        if (segment->huge == Segment::kSampling) {
+          TendSampled(segment, now);
+          *swept_to = end;
+          if (segment->huge == Segment::kSampling || !now) return 0;
+          to = end;  // ksmu_merge: it is an ordinary one now
+        }
+      } else {
+        to = *swept_to = segment->start;
+      }
+      if (segment->start <= from && segment->wait && !now) {
         --segment->wait;
         Add(counters_.pages_skipped, static_cast<std::int64_t>((end - from) / page_));
         *swept_to = end;
@@ -123,13 +136,12 @@ std::size_t Engine::Sweep(const Region& region, Address from, Address to, bool n
         ConfirmBreaks({from, end - from});
         return 0;
       }
-      to = *swept_to = segment->start;
     }
   }
   os::ScanRequest request;
   request.required = os::kPresent | os::kFile;
   request.inverted = os::kFile;  // frames are file pages: only private pages are reported, broken ones among them
-  request.returned = os::kPresent | os::kWritten | os::kPfnZero;
+  request.returned = os::kPresent | os::kWritten | os::kPfnZero | os::kHuge;
   request.write_protect = true;
   const os::ScanResult scan = system_.Scan({from, to - from}, request, runs_, kRuns);
   if (scan.error) return 0;
@@ -154,6 +166,14 @@ std::size_t Engine::Sweep(const Region& region, Address from, Address to, bool n
     const Address start = at & ~(kSegmentBytes - 1);
     const Address end = std::min(start + kSegmentBytes, walked);
     if (poll_) poll_(poll_cookie_);
+    if (r < scan.runs && runs_[r].start <= start && runs_[r].end >= end && (runs_[r].categories & os::kHuge) &&
+        end - start == kSegmentBytes && BeginSampling(region, start)) {
+      Add(counters_.pages_swept, static_cast<std::int64_t>((end - at) / page_));
+      TendSampled(table_.FindSegment(start), now);
+      while (r < scan.runs && runs_[r].end <= end) ++r;
+      at = end;
+      continue;
+    }
     Bitmaps bits;
     for (; r < scan.runs && runs_[r].start < end; ++r) {
       const std::size_t low = (std::max(runs_[r].start, at) - start) / page_;

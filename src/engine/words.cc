@@ -78,6 +78,7 @@ void Engine::ForgetRange(Span span) {
     }
     segment->expected_present = 0;
     segment->unsettled = 0;
+    segment->huge = Segment::kPlain;
     at = segment->start + kSegmentBytes;
   }
 }

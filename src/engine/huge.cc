@@ -1,0 +1,176 @@
+// Transparent huge pages: looked at before they are split.
+//
+// Arming a huge page costs it its huge mapping at the first write, and taking one page out splits it for good. So a
+// segment that is found mapped huge is disarmed at once and sampled instead: all of it is read and hashed, and of the
+// hashes every sixteenth content is remembered, the same ones in every segment. Sampled twice, an interval apart, it is
+// armed if at least thp_min_duplicates of its pages are still and can be expected to merge or are zero; otherwise its
+// pages are `unmerged_huge` and it is sampled again ever more rarely. With smart_scan=0 nothing is sampled.
+
+#include <algorithm>
+
+#include "content/content.h"
+#include "engine/engine.h"
+
+namespace ksmu::engine {
+namespace {
+constexpr std::uint8_t kMaxSampleBackoff = 7;
+constexpr std::uint32_t kOneIn = 16;
+
+std::uint32_t PlaceOf(const Segment& segment) { return static_cast<std::uint32_t>(segment.start >> kSegmentShift); }
+}  // namespace
+
+bool Engine::SamplesHuge() const {
+  return tunables_.smart_scan.load(std::memory_order_relaxed) &&
+         tunables_.thp_min_duplicates.load(std::memory_order_relaxed) > 1 && table_.pages_per_segment() <= kMaxSegmentPages;
+}
+
+// Gives every page of the segment that maps no frame this state.
+void Engine::SetSegment(const Segment& segment, Page to) {
+  for (Address a = segment.start; a < segment.start + kSegmentBytes; a += page_) {
+    Words* word = table_.Make(a);
+    if (!word) return;
+    Page page(word->load(std::memory_order_acquire));
+    while (!page.covers() && !page.busy() && !Change(word, page, to)) {
+    }
+  }
+}
+
+// The segment at `start` has just been armed and found mapped huge. True: it is sampled from now on, and disarmed again.
+bool Engine::BeginSampling(const Region& region, Address start) {
+  if (!SamplesHuge() || start < region.start || region.end - start < kSegmentBytes) return false;
+  if (!table_.Make(start)) return false;
+  Segment* segment = table_.FindSegment(start);
+  if (segment->huge == Segment::kApproved) return false;
+  if (!segment->sample && !(segment->sample = samples_.Make())) return false;
+  // A segment in which something is merged is not huge any more; what is huge there can be one page of two mappings.
+  for (std::size_t i = 0; i < table_.pages_per_segment(); ++i) {
+    Words* word = table_.Word(segment, i);
+    if (word && Page(word->load(std::memory_order_acquire)).covers()) return false;
+  }
+  system_.WriteProtect(os::kTracker, {start, kSegmentBytes}, false);
+  segment->huge = Segment::kSampling;
+  segment->sample->Clear();
+  segment->wait = segment->backoff = 0;
+  SetSegment(*segment, Page().WithState(PageState::kUnmerged).WithReason(Reason::kHuge).WithStamp(pass_));
+  return true;
+}
+
+void Engine::EndSampling(Segment* segment, bool approved) {
+  segment->huge = approved ? Segment::kApproved : Segment::kPlain;
+  segment->wait = segment->backoff = 0;
+  segment->unsettled = 1;
+  // Not of this pass: what the next sweep finds unwritten is still.
+  SetSegment(*segment, Page().WithState(PageState::kFresh).WithStamp(pass_ - 1));
+  if (segment->sample) samples_.Free(segment->sample);
+  segment->sample = nullptr;
+}
+
+// Reads the segment and remembers what it has seen. False: the segment is not huge any more.
+bool Engine::SampleSegment(Segment* segment) {
+  const Span span{segment->start, kSegmentBytes};
+  // Reading what is not there would populate it.
+  os::ScanRequest request;
+  request.any_of = os::kPresent;
+  request.returned = os::kPresent | os::kHuge;
+  os::PageRun run;
+  const os::ScanResult scan = system_.Scan(span, request, &run, 1);
+  if (scan.error || scan.runs == 0 || run.start != span.start || run.end != span.end() || !(run.categories & os::kHuge)) {
+    return false;
+  }
+  Sample now;
+  const std::size_t pages = table_.pages_per_segment();
+  std::array<Address, kReadPages> at;
+  std::size_t read = 0;
+  std::byte* const bytes = ReadBuffer(kReadPages);
+  for (std::size_t first = 0; first < pages; first += kReadPages) {
+    const std::size_t n = std::min(kReadPages, pages - first);
+    for (std::size_t i = 0; i < n; ++i) at[i] = span.start + (first + i) * page_;
+    const std::size_t whole = system_.ReadProgram(at[0], bytes, n * page_) / page_;
+    read += whole;
+    for (std::size_t i = 0; i < whole; ++i) {
+      if (content::IsZero(bytes + i * page_, page_)) {
+        ++now.zeros;
+        continue;
+      }
+      const auto hash = static_cast<std::uint32_t>(content::Hash(bytes + i * page_, page_, seed_) >> 32);
+      if (!frames::SampleTable::Sampled(hash) || now.count == now.hashes.size()) continue;
+      now.hashes[now.count++] = hash;
+    }
+  }
+  Add(counters_.pages_scanned, static_cast<std::int64_t>(read));
+  std::sort(now.hashes.begin(), now.hashes.begin() + now.count);
+  for (std::size_t i = 0; i < now.count; ++i) {
+    sample_table_.Insert(now.hashes[i], PlaceOf(*segment));
+  }
+  Sample& sample = *segment->sample;
+  // What was there the last time, too, is still.
+  now.still_zeros = std::min(now.zeros, sample.zeros);
+  for (std::size_t i = 0; i < now.count; ++i) {
+    const bool before = std::binary_search(sample.hashes.begin(), sample.hashes.begin() + sample.count, now.hashes[i]);
+    if (sample.taken && before) now.still |= std::uint64_t{1} << i;
+  }
+  now.taken = true;
+  sample = now;
+  return true;
+}
+
+// How many of the segment's pages can be expected to merge, or are zero. `now`: whether they are still does not matter.
+std::size_t Engine::ExpectedOf(const Segment& segment, bool now) {
+  const Sample& sample = *segment.sample;
+  std::size_t found = 0;
+  for (std::size_t i = 0; i < sample.count; ++i) {
+    const std::uint32_t hash = sample.hashes[i];
+    if (!now && !(sample.still >> i & 1)) continue;
+    bool known = (i > 0 && sample.hashes[i - 1] == hash) || (i + 1 < sample.count && sample.hashes[i + 1] == hash) ||
+                 sample_table_.Elsewhere(hash, PlaceOf(segment));
+    if (!known) {
+      index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
+        std::uint32_t entrys;
+        known = HashOfEntry(this, entry, &entrys) && entrys == hash;
+        return known ? frames::Index::Visit::kStop : frames::Index::Visit::kNext;
+      });
+    }
+    found += known;
+  }
+  return found * kOneIn + (now ? sample.zeros : sample.still_zeros);
+}
+
+// A segment that is being sampled has its turn. What it reads does not keep passes coming: only what it finds does.
+void Engine::TendSampled(Segment* segment, bool now) {
+  if (!SamplesHuge()) return EndSampling(segment, false);
+  if (!now && segment->wait) {
+    --segment->wait;
+    Add(counters_.pages_skipped, static_cast<std::int64_t>(table_.pages_per_segment()));
+    return;
+  }
+  const bool first = !segment->sample->taken;
+  if (!SampleSegment(segment)) return EndSampling(segment, false);  // somebody else has split it, or discarded a part
+  if (now) return;                                // decided when all have been seen: ApproveSampled
+  if (ApproveIfWorthIt(segment, false)) return;
+  if (first) {
+    fruitful_ = true;  // one pass later, whether it has stayed
+    return;
+  }
+  segment->backoff = std::min<std::uint8_t>(segment->backoff + 1, kMaxSampleBackoff);
+  segment->wait = static_cast<std::uint8_t>((1u << segment->backoff) - 1);
+}
+
+bool Engine::ApproveIfWorthIt(Segment* segment, bool now) {
+  const auto wanted = static_cast<std::size_t>(tunables_.thp_min_duplicates.load(std::memory_order_relaxed));
+  if (ExpectedOf(*segment, now) < wanted) return false;
+  EndSampling(segment, true);
+  fruitful_ = true;
+  return true;
+}
+
+// ksmu_merge has looked at all of the span: what is worth splitting, whether it has been still or not. True: something is.
+bool Engine::ApproveSampled(Span span) {
+  bool any = false;
+  for (Segment* segment = table_.NextSegment(span.start); segment && segment->start < span.end();
+       segment = table_.NextSegment(segment->start + kSegmentBytes)) {
+    if (segment->huge == Segment::kSampling && segment->sample->taken) any |= ApproveIfWorthIt(segment, true);
+  }
+  return any;
+}
+
+}  // namespace ksmu::engine
