@@ -11,7 +11,6 @@ namespace ksmu::engine {
 namespace {
 constexpr std::uint64_t kMemoryReserve = std::uint64_t{64} << 20;  // left free while unmerging
 constexpr std::size_t kPopulatePages = 64;
-constexpr std::uint64_t kCheapAttributes = 2'000'000;  // ns
 constexpr std::size_t kManyExcluded = 1024;
 
 // Calls f(part, mapping) for each mapped part of the span; returns true if there were holes.
@@ -52,7 +51,7 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
     }
   }
   // Memory may have been locked a moment ago; but where reading costs much, not for every single call.
-  if (attributes_cost_ < kCheapAttributes) RefreshAttributes();
+  AttributesUnread(span);
   bool any = false, ineligible = false, foreign = false;
   int failure = 0;
   base::OwnVector<Region> left_out;
@@ -284,7 +283,7 @@ int Engine::UnmergeRange(const Region& region, Span span) {
 // Discarded pages that are still empty would be answered with zeros at their first fault. That must not depend on anybody
 // being there to answer: once the library has stopped, a frame that a forked child keeps alive would show.
 void Engine::FillMarked(Span span) {
-  std::lock_guard lock(events_mutex_);
+  constexpr int kTries = 20;
   for (Address a = span.start; a < span.end();) {
     if (!table_.Load(a).discarded()) {
       a += page_;
@@ -292,8 +291,16 @@ void Engine::FillMarked(Span span) {
     }
     Address end = a;
     while (end < span.end() && table_.Load(end).discarded()) end += page_;
-    FillZeros(os::kBreaker, {a, end - a});
-    FillZeros(os::kSyncBreaker, {a, end - a});
+    for (int attempt = 0; attempt < kTries; ++attempt) {
+      bool filled;
+      {
+        std::lock_guard lock(events_mutex_);
+        filled = FillZeros(os::kBreaker, {a, end - a});
+        filled &= FillZeros(os::kSyncBreaker, {a, end - a});
+      }
+      if (filled) break;
+      system_.Yield();  // the event thread has to read what is in the way
+    }
     a = end;
   }
 }
@@ -323,7 +330,7 @@ int Engine::Unmerge(Span span) {
     }
   }
   if (!excluded_.Erase(span)) return -ENOMEM;
-  pool_.Reclaim(&Engine::ForgetFrame, this);
+  ReclaimFrames(true);
   return 0;
 }
 
@@ -338,7 +345,7 @@ int Engine::UnmergeAll(bool forget) {
     }
     if (int error = Unmerge({0, PageTable::kLimit})) return error;
     SettlePins();
-    pool_.Reclaim(&Engine::ForgetFrame, this);
+    ReclaimFrames(true);
     return 0;
   }
   ApplyMoves();
@@ -347,7 +354,7 @@ int Engine::UnmergeAll(bool forget) {
     if (region.kind != Region::kMergeable) continue;
     if (int error = UnmergeRange(region, region.span())) return error;
   }
-  pool_.Reclaim(&Engine::ForgetFrame, this);
+  ReclaimFrames(true);
   return 0;
 }
 
@@ -399,7 +406,8 @@ void Engine::DetachEverything() {
     const Page page = table_.Load(a);
     if (page.busy() || page.unconfirmed()) return false;
     // Written, and perhaps pinned, since the last sweep: not known as broken yet.
-    if (page.state() == PageState::kMerged || page.state() == PageState::kDropped) return !IsPrivate(a);
+    if (page.state() == PageState::kDropped) return IsZapped(a);
+    if (page.state() == PageState::kMerged) return !IsPrivate(a);
     return (page.state() == PageState::kBroken || page.state() == PageState::kResidue) && no_pins && page.tries() >= 1 &&
            OldEnough(page, now, seconds);
   };
@@ -478,7 +486,10 @@ int Engine::Discard(Span span) {
   ApplyMoves();
   // Under a gate that could not be taken back, the discard would wait for this very thread.
   for (int attempt = 0; attempt < 100 && !gate_.Repair(); ++attempt) system_.Yield();
+  if (gate_.LeftShut()) return -ENOMEM;
   const int error = system_.Discard(span);
+  // The event has been read, but only with the mutex is it certain that the pages are marked.
+  { std::lock_guard lock(events_mutex_); }
   if (inherited_count_ && !error) {
     // Frames of the parent's pool would show again: anonymous memory takes their place, and can be merged from now on.
     ForEachMapping(system_, span, [&](Span part, const os::Mapping& mapping) {
@@ -525,7 +536,7 @@ int Engine::Unmap(Span span) {
   ForgetRange(span);
   regions_.Erase(span);
   excluded_.Erase(span);
-  if (pool_.ReclaimDue()) pool_.Reclaim(&Engine::ForgetFrame, this);
+  ReclaimFrames(false);
   return 0;
 }
 
@@ -536,27 +547,32 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   const std::int64_t before = done();
   ApplyMoves();
   gate_.Repair();
-  mappings_at_pass_ = 0;
-  if (attributes_cost_ < kCheapAttributes) attributes_until_ = 0;
+  if (system_.NowNanoseconds() > mappings_until_) mappings_at_pass_ = 0;
+  if (attributes_cost_ < kCheapAttributes || !not_read_.empty()) attributes_until_ = 0;
   // Pages that went back to anonymous memory on the way are merged by another round.
   std::int64_t detached = -1;
   bool approved = false;
   for (int round = 0; round < 3 && (approved || detached != counters_.detached.load(std::memory_order_relaxed)); ++round) {
     detached = counters_.detached.load(std::memory_order_relaxed);
-    Region region;
-    for (Address next = span.start; NextIn(span, &next, &region);) {
-      if (region.kind != Region::kMergeable) continue;
-      for (Address at = region.start; at < region.end;) {
-        if (cancelled(cookie)) return -EINTR;
-        const Address chunk_end = chunk_ < region.end - at ? at + chunk_ : region.end;
-        Address swept_to = chunk_end;
-        Sweep(region, at, chunk_end, true, &swept_to);
-        at = swept_to > at ? swept_to : chunk_end;
+    // Found anew for each portion: other commands are carried out in between.
+    for (Address at = span.start; at < span.end();) {
+      if (cancelled(cookie)) return -EINTR;
+      Region region;
+      Address region_end = at;
+      if (!NextIn(span, &region_end, &region)) break;
+      at = region.start;
+      if (region.kind != Region::kMergeable) {
+        at = region.end;
+        continue;
       }
+      const Address chunk_end = chunk_ < region.end - at ? at + chunk_ : region.end;
+      Address swept_to = chunk_end;
+      Sweep(region, at, chunk_end, true, &swept_to);
+      at = swept_to > at ? swept_to : chunk_end;
     }
     approved = ApproveSampled(span);
   }
-  if (pool_.ReclaimDue()) pool_.Reclaim(&Engine::ForgetFrame, this);
+  ReclaimFrames(false);
   now_ = false;
   ForgetReadBuffer();
   return done() - before;

@@ -24,6 +24,7 @@ namespace {
 // A discard is announced before the kernel carries it out. A page whose mark is younger may still be waiting for its zap,
 // which would find nothing if the page had been taken out of its place: the discard would be lost.
 constexpr std::uint32_t kZapSeconds = 3;
+constexpr int kCopyTries = 1000;
 constexpr std::uint32_t kLookedAt = 15;  // Page::tries of a broken page that could not be helped: not tried again every pass
 }
 
@@ -44,9 +45,13 @@ void Engine::TendDropped(const Region& region, Span span) {
           at = end;
           continue;
         }
+        if (!IsZapped(at)) {
+          at = end;
+          continue;
+        }
         while (end < high && (end - at) / page_ < kMaxRunPages) {
           const Page next = table_.Load(end);
-          if (next.state() != PageState::kDropped || next.busy() || IsPrivate(end) || next.value() != first.value() + (end - at) / page_) break;
+          if (next.state() != PageState::kDropped || next.busy() || !IsZapped(end) || next.value() != first.value() + (end - at) / page_) break;
           end += page_;
         }
         os::Mapping mapping;
@@ -144,7 +149,7 @@ void Engine::TendRun(const Region& region, Span run) {
 bool Engine::TakeFromRun(Span run, PageState expected) {
   Address until = 0;
   const os::Attributes attributes = FindAttributes(run.start, &until);
-  if (attributes.locked || attributes.sealed) return false;
+  if (!attributes_known_ || attributes.locked || attributes.sealed) return false;
   // Under no breaker nobody would wait, and what is written to the place meanwhile would be lost.
   if (gate_.NeedsRepair() && !gate_.Repair()) return false;
   os::Mapping mapping;
@@ -235,7 +240,7 @@ void Engine::LetGo() {
 void Engine::ReturnHeld(std::size_t i) {
   const Address a = hold_.run.start + i * page_;
   const Address from = hold_.taken_to + i * page_;
-  for (;; system_.Yield()) {
+  for (int attempt = 0;; ++attempt, system_.Yield()) {
     const bool readable = system_.ReadProgram(from, scratch_, page_) == page_;
     {
       std::lock_guard lock(events_mutex_);
@@ -249,9 +254,10 @@ void Engine::ReturnHeld(std::size_t i) {
           if (error == -EINVAL || copied.error == -EAGAIN) error = copied.error;
         }
       }
-      if (error == -EAGAIN || error == -ENOMEM) continue;
+      if ((error == -EAGAIN && attempt < kCopyTries) || error == -ENOMEM) continue;
     }
-    // Neither breaker holds the place any more, or the page cannot be read: it goes back itself. Until it has there is no
+    // Neither breaker holds the place any more, or the page cannot be read, or a storm of discards leaves no instant for a
+    // copy: it goes back itself. Until it has there is no
     // way out of here, nothing else keeps the bytes; unless the place is gone.
     os::Mapping mapping;
     const int unknown = system_.QueryMapping(a, &mapping);
@@ -282,11 +288,11 @@ bool Engine::MoveBack(std::size_t i) {
 void Engine::MoveBackHeld(std::size_t i) {
   const Address a = hold_.run.start + i * page_;
   const Address from = hold_.taken_to + i * page_;
-  for (;; system_.Yield()) {
+  for (const std::uint64_t until = Patience();; system_.Yield()) {
     {
       std::lock_guard lock(events_mutex_);
       if (table_.Load(a).discarded()) return;
-      if (system_.EventPending(os::kBreaker) || system_.EventPending(os::kSyncBreaker)) continue;
+      if (EventsPending(until)) continue;
     }
     os::Mapping there;
     const bool known = system_.QueryMapping(a, &there) == 0 && there.start <= a;
@@ -321,7 +327,7 @@ std::size_t Engine::Remerge(Span run) {
   for (std::size_t i = 0; i < n; ++i) {
     const Address a = run.start + i * page_;
     bool mapped = false;
-    while (equal[i]) {
+    for (int attempt = 0; equal[i] && attempt < kCopyTries; ++attempt) {
       {
         std::lock_guard lock(events_mutex_);
         Words* word = table_.Find(a);
@@ -407,12 +413,12 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
     system_.Protect({fresh, run.bytes}, mapping.readable ? os::Protection::kRead : os::Protection::kNone);
   }
   bool replaced = false, released = false;
+  std::uint64_t patience = 0;
   // Under a storm of discards there may be no instant without an unread event: then it is left for another time.
   for (int attempt = 0; complete && !released && (replaced || attempt < 2000); ++attempt) {
     {
       std::lock_guard lock(events_mutex_);
-      const auto pending = [&] { return system_.EventPending(os::kBreaker) || system_.EventPending(os::kSyncBreaker); };
-      if (!replaced && !pending()) {
+      if (!replaced && !EventsPending(~std::uint64_t{0})) {
         for (std::size_t i = 0; i < n; ++i) {
           if (table_.Load(run.start + i * page_).discarded() && filled[i]) {
             if (system_.Discard({fresh + i * page_, page_}) != 0) {
@@ -435,11 +441,12 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
         }
         if (system_.MoveMapping(fresh, run.bytes, run.start) != 0) break;
         replaced = true;
+        patience = Patience();
         KSMU_TEST_POINT("detach.replaced", run.start, run.bytes);
       }
       // A fork that came between the look and the move has copied the place without its pages: its event must still
       // find the hold.
-      if (replaced && !pending()) {
+      if (replaced && !EventsPending(patience)) {
         for (std::size_t i = 0; i < n; ++i) {
           const Address a = run.start + i * page_;
           ForgetPage(a, table_.Find(a));
@@ -468,11 +475,12 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
       }
       // A frame: the fault that comes next maps it again, or zeros, as the page is marked.
     }
+    patience = Patience();
     while (!released) {
       {
         std::lock_guard lock(events_mutex_);
         // As above: the event of a fork must find the hold.
-        if (!system_.EventPending(os::kBreaker) && !system_.EventPending(os::kSyncBreaker)) {
+        if (!EventsPending(patience)) {
           LetGo();
           UnmapTaken(taken_to, run.bytes);
           released = true;
@@ -508,6 +516,17 @@ void Engine::NoteWritten(Span taken) {
     }
     at = scan.walked_to;
   }
+}
+
+// A discarded page: the kernel has carried the discard out. Until it has, the page must stay in its place, where the zap
+// will look for it. From then on there is nothing, or the zero page, or what has been written since.
+bool Engine::IsZapped(Address a) {
+  os::ScanRequest request;
+  request.any_of = os::kPresent | os::kSwapped;
+  request.returned = os::kPresent | os::kPfnZero;
+  os::PageRun run;
+  const os::ScanResult scan = system_.Scan({a, page_}, request, &run, 1);
+  return !scan.error && (scan.runs == 0 || (run.categories & os::kPfnZero));
 }
 
 // True if the page is the process's own, not a frame: present or swapped out.

@@ -89,13 +89,15 @@ class Engine {
   bool ReclaimDue() const { return pool_.ReclaimDue(); }
   // Gives back what can be; true if something still waits for a child.
   bool ReclaimNow() {
-    pool_.Reclaim(&Engine::ForgetFrame, this);
-    return pool_.ReclaimDue();
+    ReclaimFrames(true);
+    return pool_.ReclaimDue() && !lost_moves_.load(std::memory_order_relaxed);
   }
 
   // --- events ------------------------------------------------------------------------------------------------------
   // Reads and answers whatever is pending on the breakers and the children. Event thread.
   void HandleEvents();
+  // True if HandleEvents has something to do soon, event or not.
+  bool FillsPending() const { return pending_fills_.load(std::memory_order_relaxed) != 0; }
   // The contexts to wait on. Event thread.
   std::size_t EventContexts(os::Context* contexts, std::size_t capacity);
 
@@ -151,6 +153,7 @@ class Engine {
   std::size_t SweepPart(const Region& region, Address segment, std::size_t low, std::size_t high, const Bitmaps& bits,
                         bool now);
   void ConfirmBreaks(Span span);
+  void ReclaimFrames(bool at_once);
   void Audit(const Region& region);  // forgets what was unmapped without a word
   bool Later(Page page) const;       // kUnmerged: its time has not come
 
@@ -189,10 +192,13 @@ class Engine {
   // How many pages from the start can be taken now; *reason for the one after them.
   void NoteDiscards(Span run, std::size_t from);
   bool DiscardInFlight(Address page, std::uint64_t now) const;
+  void LookAgain(Address page);
   void LookAtPages(Address start, Address limit);
   std::size_t Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes, Reason* reason);
   Reason WhyNotTaken(Address page, int error, Span rest, bool* healed);
   void RefreshAttributes();
+  void AttributesUnread(Span span);
+  bool AttributesKnown(Address a);
   os::Attributes FindAttributes(Address a, Address* until);
   bool BudgetAllows() const;
   void RefreshUnwaitable();
@@ -212,6 +218,7 @@ class Engine {
   bool MoveBack(std::size_t i);
   void LetGo();
   void UnmapTaken(Address taken_to, std::size_t bytes);
+  bool IsZapped(Address a);
   bool IsPrivate(Address a, bool unmarked = false);
 
   // commands.cc
@@ -231,9 +238,12 @@ class Engine {
   void OnFork(os::Context context, Child* parent, os::Context child);
   void ServeHold(Child* child);
   void OnFault(os::Context context, Child* child, const os::Event& event);
-  void FillZeros(os::Context context, Span span);
+  bool FillZeros(os::Context context, Span span);
+  void FillPending();
   bool ApplyMoves();
   void AwaitForks();
+  bool EventsPending(std::uint64_t until);
+  std::uint64_t Patience() const;
   Address Translate(Address a) const;
   bool LeftBehind(Address a) const;
 
@@ -259,9 +269,10 @@ class Engine {
   // The scanner's place in the pass, and its scratch, allocated at Start: nothing is allocated while a gate is shut.
   Address cursor_ = 0;
   std::uint32_t pass_ = 1;
-  std::uint64_t reclaim_at_ = 0;
+  std::uint64_t reclaim_at_ = 0, audit_at_ = 0;
   bool fruitful_ = false;
   bool now_ = false;              // ksmu_merge: pages need not have been still
+  std::uint64_t mappings_until_ = 0;  // not counted again before, however often ksmu_merge is called
   std::size_t mappings_at_pass_ = 0;  // counted once a pass, 0: not yet
   std::size_t maps_at_pass_ = 0;      // maps_used_ at that moment
   std::size_t max_mappings_ = 0;      // the kernel's limit, read then
@@ -292,8 +303,11 @@ class Engine {
   os::PageRun* look_runs_ = nullptr;
   base::OwnVector<os::AttributedMapping> attributes_;
   std::uint64_t attributes_until_ = 0, attributes_cost_ = 0;
+  static constexpr std::uint64_t kCheapAttributes = 2'000'000;  // ns
+  bool attributes_known_ = false, attributes_lost_ = false;
+  base::OwnVector<Span> not_read_;  // advised since the last reading
   base::OwnVector<Address> unwaitable_;  // sorted page addresses
-  std::uint64_t unwaitable_at_ = 0;
+  std::uint64_t unwaitable_until_ = 0;
   bool no_pins_ = false;          // answer of the last look at the descriptors
   struct InFlight {
     Address page = 0;
@@ -302,6 +316,7 @@ class Engine {
   std::array<InFlight, 4 * kMaxRunPages> in_flight_{};  // a ring; scanner only
   std::size_t in_flight_next_ = 0;
   std::uint64_t in_flight_until_ = 0;  // the latest of them
+  std::uint64_t all_in_flight_until_ = 0;  // more than the ring can hold: any page may be one
   bool no_pins_known_ = false;    // and it is of this sweep
   void (*poll_)(void*) = nullptr;
   void* poll_cookie_ = nullptr;
@@ -332,6 +347,13 @@ class Engine {
   std::atomic<bool> lost_moves_{false};
   std::atomic<std::int64_t> unserved_children_{0};
   ChildList children_;                       // under events_mutex_
+  struct Fill {
+    Span span;
+    os::Context context = 0;
+    std::uint8_t tries = 0;
+  };
+  std::array<Fill, 64> fills_{};              // discarded ranges that have not been zapped yet; event thread
+  std::atomic<std::size_t> pending_fills_{0};
 };
 
 }  // namespace ksmu::engine

@@ -19,6 +19,8 @@ namespace {
 constexpr std::size_t kZeroAround = 64;      // pages mapped to zero at a fault in a discarded range
 constexpr std::size_t kContinueAround = 16;  // frames mapped at a fault (one of them came back from swap), as fault-around
 constexpr std::uint64_t kChildCheckNs = 1'000'000'000;
+constexpr std::uint8_t kMaxFillTries = 100;
+constexpr std::uint64_t kForkPatienceNs = 200'000'000;
 }  // namespace
 
 std::size_t Engine::EventContexts(os::Context* contexts, std::size_t capacity) {
@@ -35,6 +37,7 @@ void Engine::HandleEvents() {
   HandleContext(os::kBreaker, nullptr);
   HandleContext(os::kSyncBreaker, nullptr);
   for (std::size_t i = 0; i < children_.size(); ++i) HandleContext(children_[i]->context, children_[i]);
+  FillPending();
   if (children_.size() == 0) return;
   const std::uint64_t now = system_.NowNanoseconds();
   if (now - children_checked_at_ < kChildCheckNs) return;
@@ -93,8 +96,8 @@ void Engine::HandleContext(os::Context context, Child* child) {
   }
 }
 
-// A discard of merged memory, seen or raw. The pages are marked, and once the kernel has zapped them the zero page is
-// mapped in their place: no fault comes here for them, and a child made afterwards inherits the zeros. Putting anonymous
+// A discard of merged memory, seen or raw. The pages are marked, and once the kernel has zapped them (FillPending) the zero
+// page is mapped in their place: no fault comes here for them, and a child made afterwards inherits the zeros. Putting anonymous
 // memory over the range instead would undo an mprotect that the program may be making at this moment.
 void Engine::OnRemove(os::Context context, Address start, Address end) {
   KSMU_PROBE2(discard, start, end);
@@ -109,7 +112,8 @@ void Engine::OnRemove(os::Context context, Address start, Address end) {
   }
   Address fill_from = 0, fill_to = 0;
   auto flush = [&] {
-    if (fill_to > fill_from) FillZeros(context, {fill_from, fill_to - fill_from});
+    const Span span{fill_from, fill_to - fill_from};
+    if (span.bytes && pending_fills_ < fills_.size()) fills_[pending_fills_++] = {span, context, 0};
     fill_from = fill_to = 0;
   };
   while (Segment* segment = table_.NextSegment(at)) {
@@ -132,43 +136,60 @@ void Engine::OnRemove(os::Context context, Address start, Address end) {
   flush();
 }
 
-// Maps the zero page wherever the range has nothing. Best effort: the discarding thread may not have zapped yet; what is
-// left is answered fault by fault.
-void Engine::FillZeros(os::Context context, Span span) {
-  for (int attempt = 0; attempt < 4; ++attempt) {
-    // Protection marks stay behind when protected pages are zapped, and are in the way of the zero page.
-    const int error = system_.WriteProtect(context, span, false);
-    if (error == -EAGAIN) {
-      system_.Yield();
-      continue;
-    }
-    if (error == -ENOENT && span.bytes > page_) {
-      // Not all of it is this context's: each page for itself, so that the one that somebody waits for is served.
-      for (std::size_t done = 0; done < span.bytes; done += page_) FillZeros(context, {span.start + done, page_});
-      return;
-    }
-    // A filter. A copy of zeros goes over a mark: somebody may be waiting for the page.
-    bool copy = error == -EPERM || error == -EACCES;
-    if (error && !copy) return;
-    std::size_t filled = 0, most = span.bytes;
-    for (std::size_t done = 0; done < span.bytes;) {
-      os::Partial zeroed;
-      if (!copy) zeroed = system_.ZeroPage(context, {span.start + done, std::min(most, span.bytes - done)});
-      copy |= zeroed.error == -EPERM || zeroed.error == -EACCES;
-      if (copy) {
-        std::memset(event_scratch_, 0, page_);
-        zeroed = system_.Copy(context, span.start + done, event_scratch_, page_, false);
-      }
-      done += zeroed.done;
-      filled += zeroed.done;
-      if (zeroed.error == -EEXIST) done += page_;
-      else if (zeroed.error == -ENOENT && most > page_) most = page_;  // more than one mapping: each page for itself
-      else if (zeroed.error == -EAGAIN) break;
-      else if (zeroed.error) return;
-    }
-    if (filled) return;
-    system_.Yield();
+// Maps the zero page wherever the range has nothing. False: an event is in the way (the discarding thread has not run
+// since its event was read, most likely), and it is worth trying again. What is left is answered fault by fault.
+bool Engine::FillZeros(os::Context context, Span span) {
+  // Protection marks stay behind when protected pages are zapped, and are in the way of the zero page.
+  const int error = system_.WriteProtect(context, span, false);
+  if (error == -EAGAIN) return false;
+  if (error == -ENOENT && span.bytes > page_) {
+    // Not all of it is this context's: each page for itself, so that the one that somebody waits for is served.
+    bool filled = true;
+    for (std::size_t done = 0; done < span.bytes; done += page_) filled &= FillZeros(context, {span.start + done, page_});
+    return filled;
   }
+  // A filter. A copy of zeros goes over a mark: somebody may be waiting for the page.
+  bool copy = error == -EPERM || error == -EACCES;
+  if (error && !copy) return true;
+  std::size_t most = span.bytes;
+  for (std::size_t done = 0; done < span.bytes;) {
+    os::Partial zeroed;
+    if (!copy) zeroed = system_.ZeroPage(context, {span.start + done, std::min(most, span.bytes - done)});
+    copy |= zeroed.error == -EPERM || zeroed.error == -EACCES;
+    if (copy) {
+      std::memset(event_scratch_, 0, page_);
+      zeroed = system_.Copy(context, span.start + done, event_scratch_, page_, false);
+    }
+    done += zeroed.done;
+    if (zeroed.error == -EEXIST) done += page_;
+    else if (zeroed.error == -ENOENT && most > page_) most = page_;  // more than one mapping: each page for itself
+    else if (zeroed.error == -EAGAIN) return false;
+    else if (zeroed.error) return true;
+  }
+  return true;
+}
+
+// Tries again what an event was in the way of, where it is still called for. Under events_mutex_.
+void Engine::FillPending() {
+  std::size_t left = 0;
+  for (std::size_t i = 0; i < pending_fills_; ++i) {
+    Fill fill = fills_[i];
+    bool done = true;
+    for (Address a = fill.span.start; a < fill.span.end();) {
+      const auto wanted = [&](Address at) {
+        const Page page = table_.Load(at);
+        return page.discarded() && page.covers() && !page.busy();
+      };
+      Address end = a + page_;
+      if (wanted(a)) {
+        while (end < fill.span.end() && wanted(end)) end += page_;
+        done &= FillZeros(fill.context, {a, end - a});
+      }
+      a = end;
+    }
+    if (!done && ++fill.tries < kMaxFillTries) fills_[left++] = fill;
+  }
+  pending_fills_ = left;
 }
 
 void Engine::OnFault(os::Context context, Child* child, const os::Event& event) {
@@ -204,9 +225,11 @@ void Engine::OnFault(os::Context context, Child* child, const os::Event& event) 
 
   // What grows out of a run, or what a program's MREMAP_DONTUNMAP leaves behind, is empty memory: nothing of the pool may
   // show there. The scanner's own place for pages that it has taken out is none of these.
+  const bool lost = !child && !page.covers() && lost_moves_.load(std::memory_order_relaxed);
   const bool stray = !child && !page.covers();
   const bool marked = held ? held_marks_[(a - hold_.taken_to) / page_] : page.discarded();
-  const bool zeros = child ? child->discards.Contains(a, shift) || !event.minor
+  const bool zeros = child  ? child->discards.Contains(a, shift) || !event.minor
+                     : lost ? !event.minor  // where a moved mapping is that could not be followed: its frame
                            : stray || LeftBehind(a) || marked || !event.minor ||
                                  (page.state() != PageState::kMerged && !page.unconfirmed());
   Address end = a + page_;
@@ -223,7 +246,7 @@ void Engine::OnFault(os::Context context, Child* child, const os::Event& event) 
   }
   const Span span{a, end - a};
   if (zeros) {
-    FillZeros(context, span);
+    if (!FillZeros(context, span)) system_.Yield();  // it faults again
   } else {
     std::size_t most = span.bytes;
     bool refused = false;
@@ -313,7 +336,8 @@ void Engine::OnRemap(const os::Event& event) {
   }
   const std::size_t n = move_count_.load(std::memory_order_relaxed);
   if (n == kMaxMoves) {
-    // Thousands of moves while the scanner did not run once: from here on their discards are not told from swapping.
+    // Thousands of moves while the scanner did not run once. From here on no frame is given back and nothing is forgotten;
+    // what is discarded in the moved mappings may show again.
     lost_moves_.store(true, std::memory_order_relaxed);
     return;
   }
@@ -343,9 +367,20 @@ Address Engine::Translate(Address a) const {
 // A fork whose event has not been handled yet has copied mappings of which only we know what was discarded in them. Called
 // when such a mapping is seen to be gone, before what is known of it is forgotten.
 void Engine::AwaitForks() {
-  while (system_.EventPending(os::kBreaker) || system_.EventPending(os::kSyncBreaker)) system_.Yield();
+  const std::uint64_t until = Patience();
+  while (EventsPending(until)) system_.Yield();
   std::lock_guard lock(events_mutex_);
 }
+
+// An event of the breakers has not been read, or whoever raised it has not run since. Where threads discard without a
+// pause there is no instant without one: what happened before `until` has been read long ago by then, and that is what
+// the callers wait for.
+bool Engine::EventsPending(std::uint64_t until) {
+  if (!system_.EventPending(os::kBreaker) && !system_.EventPending(os::kSyncBreaker)) return false;
+  return system_.NowNanoseconds() < until;
+}
+
+std::uint64_t Engine::Patience() const { return system_.NowNanoseconds() + kForkPatienceNs; }
 
 // Follows merged memory that the program has moved: its words, and its region. True: nothing is left to follow.
 bool Engine::ApplyMoves() {

@@ -61,7 +61,7 @@ std::byte* Engine::ReadBuffer(std::size_t count) {
 }
 
 void Engine::ForgetReadBuffer() {
-  if (huge_used_) base::ForgetOwnPages(huge_, kReadPages * page_);
+  if (huge_used_) base::ForgetOwnPages(huge_, kHugeBytes);
   huge_used_ = 0;
 }
 

@@ -16,6 +16,7 @@ using frames::Frame;
 namespace {
 constexpr std::uint64_t kAttributesLive = 500'000'000;  // ns: a raw madvise in between is seen late; see docs/limits.md
 constexpr std::uint64_t kUnwaitableLive = 2'000'000;
+constexpr std::size_t kMaxUnread = 256;
 }  // namespace
 
 bool Engine::BudgetAllows() const {
@@ -24,8 +25,8 @@ bool Engine::BudgetAllows() const {
   // A quarter of the kernel's limit stays the program's, whatever the tunable says.
   std::size_t limit = system_limit - system_limit / 4;
   if (wanted > 0) limit = std::min(limit, static_cast<std::size_t>(wanted));
-  const std::size_t since = maps_used_.load(std::memory_order_relaxed) - maps_at_pass_;
-  return mappings_at_pass_ + 2 * since + 4 < limit;
+  const auto since = static_cast<std::ptrdiff_t>(maps_used_.load(std::memory_order_relaxed) - maps_at_pass_);
+  return static_cast<std::ptrdiff_t>(mappings_at_pass_) + 2 * since + 4 < static_cast<std::ptrdiff_t>(limit);
 }
 
 // Reading smaps costs some microseconds a mapping, of the whole process: it is done rarely, and only what is out of the
@@ -33,20 +34,41 @@ bool Engine::BudgetAllows() const {
 // there.
 void Engine::RefreshAttributes() {
   attributes_.clear();
-  const std::uint64_t begun = system_.NowNanoseconds();
-  system_.ReadAttributes(
+  const std::uint64_t begun = system_.NowNanoseconds(), cpu = system_.ThreadCpuNanoseconds();
+  const int read = system_.ReadAttributes(
       {0, PageTable::kLimit},
       [](void* cookie, const os::AttributedMapping& m) {
         const os::Attributes& a = m.attributes;
         if (a.dont_fork || a.dont_dump || a.huge_page || a.no_huge_page || a.wipe_on_fork || a.locked || a.mergeable ||
             a.sealed || a.hugetlb || a.pfn_map || a.grows_down || a.protection_key) {
-          static_cast<base::OwnVector<os::AttributedMapping>*>(cookie)->push_back(m);
+          auto& engine = *static_cast<Engine*>(cookie);
+          engine.attributes_lost_ |= !engine.attributes_.push_back(m);
         }
       },
-      &attributes_);
-  const std::uint64_t now = system_.NowNanoseconds();
-  attributes_cost_ = now - begun;
-  attributes_until_ = now + std::max(kAttributesLive, 50 * attributes_cost_);
+      this);
+  // An unreadable smaps is not an empty one.
+  attributes_known_ = read >= 0 && !attributes_lost_;
+  attributes_lost_ = false;
+  if (attributes_known_) not_read_.clear();
+  attributes_cost_ = system_.ThreadCpuNanoseconds() - cpu;
+  attributes_until_ = begun + std::max(kAttributesLive, 50 * attributes_cost_);
+}
+
+// Memory that came after the last reading, or may have been mapped anew since, is not merged before the next one.
+void Engine::AttributesUnread(Span span) {
+  if (attributes_cost_ < kCheapAttributes) return RefreshAttributes();
+  if (not_read_.size() < kMaxUnread && not_read_.push_back(span)) return;
+  attributes_until_ = 0;  // too many to remember
+  attributes_known_ = false;
+}
+
+bool Engine::AttributesKnown(Address a) {
+  if (system_.NowNanoseconds() >= attributes_until_) RefreshAttributes();
+  if (!attributes_known_) return false;
+  for (const Span& span : not_read_) {
+    if (span.contains(a)) return false;
+  }
+  return true;
 }
 
 // The attributes at an address, as they were when smaps was read last; *until: how far they reach.
@@ -62,7 +84,7 @@ os::Attributes Engine::FindAttributes(Address a, Address* until) {
 
 void Engine::RefreshUnwaitable() {
   unwaitable_.clear();
-  unwaitable_at_ = system_.NowNanoseconds();
+  const std::uint64_t begun = system_.NowNanoseconds();
   system_.VisitUnwaitableWords(
       [](void* cookie, Address word) {
         auto& engine = *static_cast<Engine*>(cookie);
@@ -72,6 +94,9 @@ void Engine::RefreshUnwaitable() {
       },
       this);
   std::sort(unwaitable_.begin(), unwaitable_.end());
+  // With thousands of threads the look takes its time: not more than a fifth of all.
+  const std::uint64_t now = system_.NowNanoseconds();
+  unwaitable_until_ = now + std::max(kUnwaitableLive, 4 * (now - begun));
 }
 
 bool Engine::Unwaitable(Address page) const {
@@ -88,13 +113,16 @@ void Engine::NoteDiscards(Span run, std::size_t from) {
   const std::uint64_t until = system_.NowNanoseconds() + kInFlightNs;
   for (std::size_t i = from; i < run.bytes / page_; ++i) {
     if (!gate_.gone(i)) continue;
-    in_flight_[in_flight_next_++ % in_flight_.size()] = {run.start + i * page_, until};
+    InFlight& place = in_flight_[in_flight_next_++ % in_flight_.size()];
+    if (place.until > system_.NowNanoseconds()) all_in_flight_until_ = std::max(all_in_flight_until_, place.until);
+    place = {run.start + i * page_, until};
     in_flight_until_ = until;
   }
 }
 
 bool Engine::DiscardInFlight(Address page, std::uint64_t now) const {
   if (now >= in_flight_until_) return false;
+  if (now < all_in_flight_until_) return true;
   for (const InFlight& f : in_flight_) {
     if (f.page == page && now < f.until) return true;
   }
@@ -120,11 +148,14 @@ std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, 
   if (gate_.NeedsRepair()) return 0;
   if (!mappings_at_pass_) {
     max_mappings_ = system_.MaxMappings();
+    const std::uint64_t begun = system_.NowNanoseconds();
     mappings_at_pass_ = system_.CountMappings();
+    const std::uint64_t counted = system_.NowNanoseconds();
+    mappings_until_ = counted + 20 * (counted - begun);
     maps_at_pass_ = maps_used_.load(std::memory_order_relaxed);
   }
   const std::uint64_t now = system_.NowNanoseconds();
-  if (now - unwaitable_at_ > kUnwaitableLive || unwaitable_at_ == 0) RefreshUnwaitable();
+  if (now > unwaitable_until_) RefreshUnwaitable();
 
   if (!(look_.mapping.start <= start && start < look_.mapping.end)) {
     look_ = Look{};
@@ -150,6 +181,10 @@ std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, 
   }
   pages = std::min(pages, static_cast<std::size_t>(std::min(mapping.end, region.end) - start) / page_);
 
+  if (!AttributesKnown(start)) {
+    *reason = attributes_known_ ? Reason::kNone : Reason::kAttributes;
+    return 0;
+  }
   Address until = 0;
   const os::Attributes a = FindAttributes(start, &until);
   pages = std::min(pages, static_cast<std::size_t>(until - start) / page_);
@@ -335,6 +370,12 @@ Reason Engine::WhyNotTaken(Address page, int error, Span rest, bool* healed) {
   return Reason::kNone;
 }
 
+// The page could not be taken this time, for a reason that will have passed: hashed and looked up again in the next pass.
+void Engine::LookAgain(Address page) {
+  const Page known = table_.Load(page);
+  if (known.state() == PageState::kStill) Set(page, Page().WithState(PageState::kFresh).WithStamp(pass_));
+}
+
 // Merges pages with the frames from `first` on. Returns how many came to map their frame; the others have a reason.
 std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pages, Frame first) {
   std::size_t merged = 0;
@@ -346,6 +387,7 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
     const std::size_t n = Fit(region, at, pages - i, &attributes, &reason);
     if (n == 0) {
       if (reason != Reason::kNone) Leave(at, reason);
+      else LookAgain(at);
       ++i;
       continue;
     }
@@ -388,7 +430,7 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
     const Span part{at, equal * page_};
     os::Mapping still;
     const bool ours = equal && gate_.StillOurs(part) && system_.QueryMapping(at, &still) == 0 && still.start <= at &&
-                      still.end >= part.end() && still.anonymous && still.readable && still.writable;
+                      still.end >= part.end() && still.anonymous && still.readable && still.writable && !still.executable;
     if (ours) {
       KSMU_TEST_POINT("merge.attach", run.start, run.bytes);
       if (prepared) {
@@ -459,6 +501,7 @@ std::size_t Engine::DropZeroRun(const Region& region, Address start, std::size_t
     const std::size_t n = Fit(region, at, pages - i, &attributes, &reason);
     if (n == 0) {
       if (reason != Reason::kNone) Leave(at, reason);
+      else LookAgain(at);
       ++i;
       continue;
     }

@@ -12,7 +12,9 @@ namespace {
 constexpr std::int64_t kMillisecond = 1'000'000;
 constexpr std::int64_t kFirstPassSleep = 100 * kMillisecond;  // the interval in which a page has to be still
 constexpr std::int64_t kLongestPassSleep = 2000 * kMillisecond;
-constexpr int kScannerNice = 0;
+// Threads of the program wait at the scanner's gates, whatever their priority: so it is not put behind them, and those who
+// answer go first where that is permitted. What the scanner may use is bounded by cpu_limit_percent.
+constexpr int kScannerNice = 0, kEventNice = -10;
 constexpr int kEventWaitMs = 1000;
 constexpr int kStopPatience = 200;  // times 10 ms
 }  // namespace
@@ -110,11 +112,12 @@ void* Runtime::ScannerMain(void* self) {
 void* Runtime::EventMain(void* self) {
   auto& runtime = *static_cast<Runtime*>(self);
   os::NameThisThread("ksmu-event");
+  os::SetThisThreadNice(kEventNice);
   runtime.system_->RegisterOwnThread(os::CurrentThread());
   std::array<os::Context, ChildList::kMaxChildren + 2> contexts;
   while (!runtime.end_events_.load(std::memory_order_acquire)) {
     const std::size_t n = runtime.engine_->EventContexts(contexts.data(), contexts.size());
-    runtime.system_->WaitEvents(contexts.data(), n, kEventWaitMs);
+    runtime.system_->WaitEvents(contexts.data(), n, runtime.engine_->FillsPending() ? 1 : kEventWaitMs);
     runtime.engine_->HandleEvents();
   }
   return nullptr;
@@ -213,7 +216,7 @@ bool Runtime::RunCommands() {
     Answer(oldest);
     if (!stopped) continue;
     // A fork that is waiting for the scanner to rest has nothing to wait for any more.
-    parked_.store(1, std::memory_order_release);
+    parked_.store(pause_requests_.load(std::memory_order_seq_cst) + (1u << 30), std::memory_order_seq_cst);
     os::FutexWake(&parked_, INT_MAX);
     // Whoever posted in the meantime, or is about to: they are told so until nobody is left who has not seen stopping_.
     free_slots_.fetch_add(1, std::memory_order_release);
@@ -232,6 +235,18 @@ bool Runtime::RunCommands() {
       if (again) os::FutexWait(&bell_, bell_.load(std::memory_order_acquire), kMillisecond);
     }
     return false;
+  }
+}
+
+// What need not wait for a long ksmu_merge to end: between two of its portions, everything but another one.
+void Runtime::RunOthers() {
+  for (Slot& slot : slots_) {
+    if (slot.state.load(std::memory_order_acquire) != kPosted) continue;
+    const Command::Kind kind = slot.command.kind;
+    if (kind == Command::kMerge || kind == Command::kStop || kind == Command::kUnmergeAll) continue;
+    slot.state.store(kRunning, std::memory_order_relaxed);
+    Run(&slot.command, &slot);
+    Answer(&slot);
   }
 }
 
@@ -289,6 +304,7 @@ void Runtime::Run(Command* command, Slot* slot) {
           [](void* c) {
             auto* cookie = static_cast<Cookie*>(c);
             if (cookie->runtime->pause_.load(std::memory_order_acquire)) cookie->runtime->Park();
+            cookie->runtime->RunOthers();
             return cookie->slot->cancelled.load(std::memory_order_acquire);
           },
           &cookie);
@@ -350,27 +366,34 @@ void Runtime::Run(Command* command, Slot* slot) {
   }
 }
 
+// Every request is answered anew, and only after what was discarded before it has been seen to: parked_ holds the number
+// of the request that it answers.
 void Runtime::Park() {
-  // A child inherits what the page tables say, and may outlive those who answer its faults.
-  engine_->FillAllMarked();
-  // Over again if somebody has paused in between: he may have taken the old parked_ for the answer to his own request.
-  do {
-    parked_.store(1, std::memory_order_seq_cst);
-    os::FutexWake(&parked_, INT_MAX);
-    for (;;) {
-      const std::uint32_t paused = pause_.load(std::memory_order_seq_cst);
-      if (paused == 0) break;
-      os::FutexWait(&pause_, paused, -1);
+  while (pause_.load(std::memory_order_seq_cst) != 0) {
+    const std::uint32_t changed = pause_bell_.load(std::memory_order_seq_cst);
+    const std::uint32_t request = pause_requests_.load(std::memory_order_seq_cst);
+    if (parked_.load(std::memory_order_relaxed) != request) {
+      // A child inherits what the page tables say, and may outlive those who answer its faults.
+      engine_->FillAllMarked();
+      parked_.store(request, std::memory_order_seq_cst);
+      os::FutexWake(&parked_, INT_MAX);
     }
-    parked_.store(0, std::memory_order_seq_cst);
-  } while (pause_.load(std::memory_order_seq_cst) != 0);
+    if (pause_.load(std::memory_order_seq_cst) != 0) os::FutexWait(&pause_bell_, changed, -1);
+  }
 }
 
 void Runtime::Pause() {
   Inheritance* inheritance = options_.inheritance;
+  const std::uint32_t request = pause_requests_.fetch_add(1, std::memory_order_seq_cst) + 1;
   pause_.fetch_add(1, std::memory_order_seq_cst);
+  pause_bell_.fetch_add(1, std::memory_order_seq_cst);
+  os::FutexWake(&pause_bell_, INT_MAX);
   Nudge();
-  while (parked_.load(std::memory_order_seq_cst) == 0) os::FutexWait(&parked_, 0, 100 * kMillisecond);
+  for (;;) {
+    const std::uint32_t parked = parked_.load(std::memory_order_seq_cst);
+    if (static_cast<std::int32_t>(parked - request) >= 0) break;
+    os::FutexWait(&parked_, parked, 100 * kMillisecond);
+  }
   inheritance->region_count = 0;
   if (!engine_) return;  // it has just ended
   for (const RegionList* list : {&engine_->regions(), &engine_->excluded()}) {
@@ -385,7 +408,8 @@ void Runtime::Pause() {
 
 void Runtime::Resume() {
   pause_.fetch_sub(1, std::memory_order_seq_cst);
-  os::FutexWake(&pause_, INT_MAX);
+  pause_bell_.fetch_add(1, std::memory_order_seq_cst);
+  os::FutexWake(&pause_bell_, INT_MAX);
 }
 
 void Runtime::InheritRegions() {

@@ -111,6 +111,7 @@ class Runtime {
   void ScannerLoop();
   bool RunCommands();
   void RunReadings();
+  void RunOthers();
   void Run(Command* command, Slot* slot);
   void Park();
   void Sleep(std::int64_t ns);
@@ -135,7 +136,7 @@ class Runtime {
   int start_error_ = 0;
   os::ErrorText start_text_;
   std::atomic<bool> stopping_{false};
-  std::atomic<std::uint32_t> pause_{0}, parked_{0};
+  std::atomic<std::uint32_t> pause_{0}, parked_{0}, pause_requests_{0}, pause_bell_{0};
   std::atomic<bool> end_events_{false};
   std::atomic<std::uint32_t> end_{0};  // never changes: something to wait on for a while
 

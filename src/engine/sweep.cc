@@ -8,11 +8,12 @@
 
 namespace ksmu::engine {
 namespace {
-constexpr std::size_t kChunkBytes = std::size_t{64} << 20;  // one PAGEMAP_SCAN holds mmap_lock for reading all along
+constexpr std::size_t kChunkBytes = std::size_t{8} << 20;  // what a command waits for, and PAGEMAP_SCAN holds mmap_lock for reading
 constexpr std::size_t kRuns = 1024;
 constexpr std::uint32_t kAuditEvery = 64;                   // passes
 constexpr std::uint8_t kMaxBackoff = 6;
 constexpr std::uint64_t kReclaimRetryNs = 100'000'000;
+constexpr std::uint64_t kAuditReleasedNs = 1'000'000'000;
 
 void MarkBits(std::array<std::uint64_t, kMaxSegmentPages / 64>& bits, std::size_t low, std::size_t high) {
   while (low < high) {
@@ -91,13 +92,27 @@ Engine::StepResult Engine::Step() {
   return result;
 }
 
+// Gives back what can be. What waits for a child is not asked about all the time.
+void Engine::ReclaimFrames(bool at_once) {
+  // Where moves were lost nobody knows which places show a frame.
+  if (!pool_.ReclaimDue() || lost_moves_.load(std::memory_order_relaxed)) return;
+  const std::uint64_t now = system_.NowNanoseconds();
+  if (!at_once && now < reclaim_at_) return;
+  pool_.Reclaim(&Engine::ForgetFrame, this);
+  if (pool_.ReclaimDue()) reclaim_at_ = now + kReclaimRetryNs;
+}
+
 bool Engine::Housekeeping() {
   const bool moved = ApplyMoves();
   const bool repaired = gate_.Repair();
-  if (pool_.ReclaimDue() && system_.NowNanoseconds() >= reclaim_at_) {
-    // What waits for a child is not asked about all the time.
-    pool_.Reclaim(&Engine::ForgetFrame, this);
-    if (pool_.ReclaimDue()) reclaim_at_ = system_.NowNanoseconds() + kReclaimRetryNs;
+  ReclaimFrames(false);
+  // Whose memory was released and unmapped is seen also when nothing is scanned.
+  if (const std::uint64_t now = system_.NowNanoseconds(); now >= audit_at_) {
+    audit_at_ = now + kAuditReleasedNs;
+    Region region;
+    for (Address at = 0; NextIn({0, PageTable::kLimit}, &at, &region);) {
+      if (region.kind == Region::kReleased) Audit(region);
+    }
   }
   return !moved || !repaired;
 }
@@ -400,7 +415,7 @@ void Engine::Audit(const Region& region) {
     if (error && error != -ENOENT) return;  // refused: that is not to be taken for a hole
     const bool found = error == 0;
     AwaitForks();
-    if (move_count_.load(std::memory_order_acquire)) return;  // moved by the program: to be followed, not forgotten
+    if (move_count_.load(std::memory_order_acquire) || lost_moves_.load(std::memory_order_relaxed)) return;  // to be followed, not forgotten
     const Address start = found ? std::max(mapping.start, at) : region.end;
     if (start > at) {
       const Span hole{at, std::min(start, region.end) - at};
@@ -410,7 +425,7 @@ void Engine::Audit(const Region& region) {
     if (!found || start >= region.end) break;
     const Address end = std::min(mapping.end, region.end);
     const bool ours = pool_.IsPoolMapping(mapping);
-    if (!ours && !(mapping.anonymous && !mapping.shared)) {
+    if (!ours && !IsInherited(mapping) && !(mapping.anonymous && !mapping.shared)) {
       ForgetRange({start, end - start});
       regions_.Erase({start, end - start});
     } else {

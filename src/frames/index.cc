@@ -20,8 +20,15 @@ void Index::Put(std::uint32_t hash, std::uint64_t slot) {
 
 bool Index::Grow() {
   std::size_t capacity = slots_ ? mask_ + 1 : 0;
+  // An entry of a page that has had other contents since is stale, though the page may be still again: by its tag.
+  auto alive = [&](std::uint64_t slot, std::uint32_t* hash) {
+    return slot != kEmpty && slot != kTombstone && hash_of_(cookie_, Decode(slot), hash) && Tag(*hash) == slot >> kTagShift;
+  };
+  std::size_t count = 1;
+  std::uint32_t hash;
+  for (std::size_t i = 0; i < capacity; ++i) count += alive(slots_[i], &hash);
   std::size_t wanted = 4096;
-  while (wanted * 3 < live_ * 5) wanted *= 2;  // at most 60 % full afterwards, most entries taken for alive
+  while (wanted < count * 2) wanted *= 2;
   auto* grown = static_cast<std::uint64_t*>(base::MapOwnPages(wanted * sizeof(std::uint64_t)));
   if (!grown) return false;
   std::uint64_t* old = slots_;
@@ -29,8 +36,10 @@ bool Index::Grow() {
   mask_ = wanted - 1;
   live_ = filled_ = 0;
   for (std::size_t i = 0; i < capacity; ++i) {
-    std::uint32_t hash;
-    if (old[i] != kEmpty && old[i] != kTombstone && hash_of_(cookie_, Decode(old[i]), &hash)) Put(hash, old[i]);
+    if (!alive(old[i], &hash)) continue;
+    std::size_t at = Home(hash);
+    while (slots_[at] != kEmpty && slots_[at] != old[i]) at = (at + 1) & mask_;
+    if (slots_[at] == kEmpty) Put(hash, old[i]);  // else it is there twice
   }
   if (old) base::UnmapOwnPages(old, capacity * sizeof(std::uint64_t));
   return true;
