@@ -525,7 +525,14 @@ bool Engine::IsZapped(Address a) {
   request.any_of = os::kPresent | os::kSwapped;
   request.returned = os::kPresent | os::kPfnZero;
   os::PageRun run;
-  const os::ScanResult scan = system_.Scan({a, page_}, request, &run, 1);
+  os::ScanResult scan = system_.Scan({a, page_}, request, &run, 1);
+  if (!scan.error && scan.runs && !(run.categories & os::kPresent)) {
+    // The protection mark that a zap leaves behind looks like a page that is swapped out. Cleared, it is gone.
+    for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
+      if (system_.WriteProtect(breaker, {a, page_}, false) == -EAGAIN) return false;
+    }
+    scan = system_.Scan({a, page_}, request, &run, 1);
+  }
   return !scan.error && (scan.runs == 0 || (run.categories & os::kPfnZero));
 }
 
