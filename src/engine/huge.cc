@@ -67,6 +67,7 @@ void Engine::EndSampling(Segment* segment, bool approved) {
 
 // Reads the segment and remembers what it has seen. False: the segment is not huge any more.
 bool Engine::SampleSegment(Segment* segment) {
+  if (gate_.LeftShut()) return true;  // not now
   const Span span{segment->start, kSegmentBytes};
   // Reading what is not there would populate it.
   os::ScanRequest request;

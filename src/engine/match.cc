@@ -66,6 +66,8 @@ void Engine::ForgetReadBuffer() {
 }
 
 std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std::size_t count) {
+  // Under a gate that the last merge could not take back, this thread would wait for itself.
+  if (gate_.LeftShut() && !gate_.Repair() && gate_.LeftShut()) return 0;
   plan_size_ = twins_size_ = zeros_size_ = 0;
   look_ = Look{};
   std::size_t read = 0;
