@@ -347,7 +347,11 @@ int ksmu_stop(void) {
     s.stopping.store(false, std::memory_order_release);
     lock.unlock();
     return Fail(static_cast<int>(-command.result),
-                "unmerging all does not fit into memory: the library goes on. Free memory or add swap, then stop again");
+                command.result == -ENOMEM
+                    ? "unmerging all does not fit into memory: the library goes on. Free memory or add swap, then stop again"
+                : command.result == -EAGAIN
+                    ? "another thread is moving or changing merged memory: the library goes on. Stop again"
+                    : "the kernel refused to unmerge a part: the library goes on. Its log says which call was refused");
   }
   s.runtime.store(nullptr, std::memory_order_seq_cst);
   s.starts = 0;

@@ -82,7 +82,10 @@ void Runtime::Join(Runtime* runtime) {
 
 int Runtime::OpenEngine(os::ErrorText* error) {
   if (int result = os::UnshareDescriptors()) {
-    error->Set("close_range(2) with CLOSE_RANGE_UNSHARE is refused: a seccomp filter, or a kernel before 5.9");
+    error->Set(result == -EMFILE || result == -ENFILE ? "no descriptors: RLIMIT_NOFILE (or fs.file-max) is too low"
+               : result == -ENOMEM
+                   ? "no memory for a descriptor table"
+                   : "close_range(2) with CLOSE_RANGE_UNSHARE is refused: a seccomp filter, or a kernel before 5.9");
     return result;
   }
   os::NameThisThread("ksmu-scan");
@@ -295,7 +298,10 @@ void Runtime::Run(Command* command, Slot* slot) {
     case Command::kUnmerge:
       command->result = engine.Unmerge(command->span);
       unmerge_refused_ |= command->result == -ENOMEM;
-      if (command->result == 0 && engine.HasHoles(command->span)) command->result = -ENOMEM;
+      if (command->result == 0 && engine.HasHoles(command->span)) {
+        command->result = -ENOMEM;
+        command->holes = true;
+      }
       break;
     case Command::kRelease:
       command->result = engine.Release(command->span);

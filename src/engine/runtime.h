@@ -70,6 +70,7 @@ struct Command {
   AdvisedRegion region;
   RegionCounts counts;
   Page page;
+  bool holes = false;  // kUnmerge: all is done, and -ENOMEM says that part of the span is not mapped
   bool in_region = false, huge = false;
   std::uint32_t sharers = 0, heat = 0;
   std::int64_t next_look_ms = -1;
