@@ -34,3 +34,5 @@ endif()
 configure_file(cmake/ksmu.pc.in "${CMAKE_CURRENT_BINARY_DIR}/ksmu.pc" @ONLY)
 install(FILES "${CMAKE_CURRENT_BINARY_DIR}/ksmu.pc" DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig")
 install(FILES LICENSE README.md CHANGELOG.md DESTINATION "${CMAKE_INSTALL_DOCDIR}")
+# Where the header and the README name them: docs/ beside the README.
+install(DIRECTORY docs DESTINATION "${CMAKE_INSTALL_DOCDIR}" FILES_MATCHING PATTERN "*.md")

@@ -11,6 +11,8 @@
 
 #include <string>
 
+#include <gmock/gmock.h>
+
 #include "test_support.h"
 
 namespace ksmu::test {
@@ -103,12 +105,14 @@ KSMU_ISOLATED_TEST(BadInput, HolesGiveEnomemAndTheRestIsAdvised, 30) {
       }
     }
     EXPECT_ERRNO(ENOMEM, ksmu_advise(memory.data(), memory.bytes(), KSMU_UNMERGEABLE));
+    EXPECT_THAT(ksmu_last_error(), ::testing::AllOf(::testing::HasSubstr("not mapped"), ::testing::HasSubstr("has been unmerged")));
     EXPECT_EQ(Get("pages_merged"), 0);
     EXPECT_EQ(Get("pages_tracked"), 0);
   }
   // Nothing there at all.
   EXPECT_ERRNO(ENOMEM, ksmu_advise(memory.page(20), 4 * PageSize(), KSMU_MERGEABLE));
   EXPECT_ERRNO(ENOMEM, ksmu_advise(memory.page(20), 4 * PageSize(), KSMU_DISCARD));
+  EXPECT_THAT(ksmu_last_error(), ::testing::AllOf(::testing::HasSubstr("not mapped"), ::testing::HasSubstr("discarded")));
   EXPECT_ERRNO(ENOMEM, ksmu_advise(nullptr, PageSize(), KSMU_MERGEABLE));
   EXPECT_EQ(Get("regions"), 0);
 }

@@ -2,6 +2,7 @@
 #include "base/own_memory.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstring>
@@ -10,6 +11,40 @@
 #include <vector>
 
 #include "base/test_point.h"
+
+// The same code over an mmap whose result is aligned to pages and no further, as it is where the kernel does not align
+// large mappings for huge pages; behind it lies memory of somebody else.
+#include <sys/mman.h>
+
+#include <atomic>
+namespace ksmu::base::misaligned {
+namespace {
+char* g_stranger = nullptr;
+constexpr std::size_t kStrangerBytes = 64 * 1024;
+
+void* MapMisaligned(void*, std::size_t bytes, int protection, int flags, int fd, off_t offset) {
+  constexpr std::size_t kHuge = std::size_t{2} << 20;
+  char* room = static_cast<char*>(mmap(nullptr, bytes + 2 * kHuge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  if (room == MAP_FAILED) return MAP_FAILED;
+  char* at = room + (kHuge - reinterpret_cast<std::uintptr_t>(room) % kHuge) + 5 * 4096;
+  void* pages = mmap(at, bytes, protection, flags | MAP_FIXED, fd, offset);
+  g_stranger = static_cast<char*>(
+      mmap(at + bytes, kStrangerBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0));
+  std::memset(g_stranger, 7, kStrangerBytes);
+  return pages;
+}
+}  // namespace
+void* MapOwnPages(std::size_t bytes);
+void UnmapOwnPages(void* pages, std::size_t bytes);
+void* MapOwnHugePages(std::size_t bytes);
+void ForgetOwnPages(void* pages, std::size_t bytes);
+std::size_t OwnBytesMapped();
+}  // namespace ksmu::base::misaligned
+#define base base::misaligned
+#define mmap MapMisaligned
+#include "os/own_memory.cc"  // NOLINT: its own copy
+#undef mmap
+#undef base
 
 namespace ksmu::base {
 namespace {
@@ -54,6 +89,20 @@ TEST(OwnPages, HugeOnesAreAlignedAndNothingIsLeftAroundThem) {
   }
   EXPECT_EQ(MapOwnHugePages(kImpossible), nullptr);
   EXPECT_EQ(OwnBytesMapped(), before);
+}
+
+TEST(OwnPages, HugeOnesLeaveTheirNeighboursAlone) {
+  if (sysconf(_SC_PAGESIZE) != 4096) GTEST_SKIP() << "written for pages of 4 KiB";
+  constexpr std::size_t kBytes = std::size_t{2} << 20;
+  auto* pages = static_cast<unsigned char*>(misaligned::MapOwnHugePages(kBytes));
+  ASSERT_NE(pages, nullptr);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(pages) % kBytes, 0u);
+  EXPECT_EQ(misaligned::OwnBytesMapped(), kBytes);
+  unsigned char resident[kBytes / 4096];
+  EXPECT_EQ(mincore(misaligned::g_stranger, misaligned::kStrangerBytes, resident), 0) << "the neighbour's memory is gone";
+  EXPECT_EQ(mincore(pages, kBytes, resident), 0) << "some of its own is gone";
+  misaligned::UnmapOwnPages(pages, kBytes);
+  EXPECT_EQ(misaligned::OwnBytesMapped(), 0u);
 }
 
 TEST(OwnVector, GrowsAndKeepsItsElements) {

@@ -17,6 +17,8 @@
 #include <memory>
 #include <random>
 
+#include <gmock/gmock.h>
+
 #include "test_support.h"
 
 namespace ksmu::test {
@@ -81,6 +83,18 @@ KSMU_ISOLATED_TEST(Limits, DescriptorsExhausted, 60) {
   EXPECT_TRUE(PagesAre(memory, now));
 }
 
+KSMU_ISOLATED_TEST(Limits, AllMemoryLocked, 60) {
+  rlimit lockable;
+  ASSERT_EQ(getrlimit(RLIMIT_MEMLOCK, &lockable), 0);
+  if (geteuid() != 0 && lockable.rlim_cur != RLIM_INFINITY) GTEST_SKIP() << "RLIMIT_MEMLOCK lets too little be locked";
+  if (mlockall(MCL_FUTURE) != 0) GTEST_SKIP() << "mlockall: " << strerror(errno);
+  EXPECT_ERRNO(ENOSYS, ksmu_start(nullptr, sizeof(ksmu_options)));
+  EXPECT_THAT(ksmu_last_error(), ::testing::HasSubstr("mlockall"));
+  ASSERT_EQ(munlockall(), 0);
+  EXPECT_OK(ksmu_start(nullptr, sizeof(ksmu_options)));
+  EXPECT_OK(ksmu_stop());
+}
+
 KSMU_ISOLATED_TEST(Limits, NoDescriptorsAtAll, 60) {
   Set("run", 0);
   Memory memory(512);
@@ -90,7 +104,7 @@ KSMU_ISOLATED_TEST(Limits, NoDescriptorsAtAll, 60) {
   Limit(RLIMIT_NOFILE, 3);
   for (int i = 0; i < 3; ++i) {
     EXPECT_ERRNO(EMFILE, ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
-    EXPECT_NE(std::string(ksmu_last_error()), "");
+    EXPECT_THAT(ksmu_last_error(), ::testing::HasSubstr("RLIMIT_NOFILE"));
   }
   EXPECT_TRUE(PagesAre(memory, OneOfSixteen));
   // A failed start changes nothing, and may be tried again.

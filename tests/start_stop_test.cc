@@ -14,6 +14,7 @@
 #include <random>
 #include <set>
 
+#include "api/state.h"
 #include "test_support.h"
 
 namespace ksmu::test {
@@ -205,6 +206,31 @@ void StopLeavesNothingButTheMemory(int flags) {
 KSMU_ISOLATED_TEST(StartStop, StopLeavesNothingExact, 60) { StopLeavesNothingButTheMemory(0); }
 KSMU_ISOLATED_TEST(StartStop, StopLeavesNothingPromised, 60) { StopLeavesNothingButTheMemory(KSMU_F_NO_RAW_DISCARDS); }
 KSMU_ISOLATED_TEST(StartStop, StopLeavesNothingSync, 60) { StopLeavesNothingButTheMemory(KSMU_F_SYNC_BREAK); }
+
+// Pool files of earlier starts are remembered only while something is mapped from them: there is room for so many.
+KSMU_ISOLATED_TEST(StartStop, PoolFilesAreForgottenWhenNothingShowsThem, 60) {
+  Memory memory(256);
+  for (int round = 0; round < 5; ++round) {
+    FillPages(memory, [](std::size_t i) { return i % 8; });
+    ASSERT_OK(ksmu_start(nullptr, sizeof(ksmu_options)));
+    Set("run", 0);
+    ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+    MergeAll();
+    // Stays in its run's mapping over the stop.
+    if (round % 2) FillPage(memory.page(100), 1000);
+    ASSERT_OK(ksmu_stop());
+    if (ReadFile("/proc/self/maps").find("/memfd:") != std::string::npos) {
+      EXPECT_TRUE(api::HasLeftovers());
+      EXPECT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_DISCARD));
+      EXPECT_TRUE(PagesAre(memory, [](std::size_t) { return 0; }));
+      ASSERT_EQ(mmap(memory.data(), memory.bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0),
+                memory.data());
+      ASSERT_OK(ksmu_start(nullptr, sizeof(ksmu_options)));
+      ASSERT_OK(ksmu_stop());
+    }
+    EXPECT_FALSE(api::HasLeftovers()) << "round " << round;
+  }
+}
 
 // ksmu_stop, restarts and advice while threads write, merge, discard, read counters: calls succeed or fail as
 // documented, and every writer finds what it wrote.

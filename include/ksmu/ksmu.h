@@ -16,13 +16,16 @@
  *    KSMU_UNMERGEABLE, or done by ksmu_unmap, or seen by the preloaded shim. A range that vanishes unannounced while it
  *    is not being merged is noticed and forgotten; do not build on it.
  * 3. Discards (MADV_DONTNEED, MADV_FREE ...) need no announcement, unless KSMU_F_NO_RAW_DISCARDS promised otherwise.
+ *    After ksmu_stop, while a child forked before is alive, discard by KSMU_DISCARD: a raw discard of a page that was
+ *    written since it was merged shows the old bytes then.
  *
  * What else limits merging (each is counted, see struct ksmu_stats, and explained by ksmu_explain): pages pinned for
  * DMA, shared with a forked child, locked, hugetlb, held by another userfaultfd. After a raw clone(2) (not libc's fork)
  * and where the kernel does not permit EVENT_FORK, a discard in the child of memory merged in the parent can show the
  * old bytes; libc's fork is exact if the child discards through the library. Where pages are merged, the kernel refuses
  * raw madvise(MADV_FREE) and MADV_WIPEONFORK with EINVAL, and MADV_GUARD_INSTALL MUST NOT BE USED (it can spin in the
- * kernel): unmerge first. docs/limits.md has the whole list.
+ * kernel): unmerge first. Executable memory is not merged. docs/limits.md (installed in share/doc/ksmu/docs) has the
+ * whole list.
  *
  * CONVENTIONS, valid for every function unless its own text says otherwise
  *
@@ -89,6 +92,8 @@ enum {
   /*
    * Like madvise(MADV_UNMERGEABLE): every merged page in the range gets a copy of its own again, and the range is no
    * region any more. Part of a region is fine. Memory that is in no region: success, nothing is done. No flags.
+   * Mappings that merging has cut stay cut for a while, and pages written since the merge stay in the run's mapping:
+   * see KSMU_RELEASE about mremap, and docs/limits.md.
    */
   KSMU_UNMERGEABLE = 13,
   /*
@@ -96,6 +101,9 @@ enum {
    * it is merged any more. Until it is unmapped the contents stay readable and writable as they are: merged pages stay
    * shared copy-on-write, and their frames stay in use. A raw discard of what stays merged may then show the old bytes
    * instead of zeros: unmap it, or use KSMU_UNMERGEABLE instead. No flags.
+   * Unmapping and replacing work on any range. MOVING OR GROWING by mremap does not: memory that was merged, unmerged
+   * or not, can consist of several mappings, and the kernel refuses a range of several with EFAULT (growing: on every
+   * kernel; moving: before Linux 6.17, and of registered memory also after). Map anew and copy where mremap fails.
    */
   KSMU_RELEASE = 0x1000,
 
@@ -348,18 +356,20 @@ struct ksmu_page_info {
  * Lifetime  a region lasts until it is unmerged, released, or unmapped by ksmu_unmap, or until ksmu_stop. Rules 1 and 2
  *           at the top of this file apply from KSMU_MERGEABLE on.
  * Errors    EINVAL      addr not aligned, overflow; unknown advice or flag, a flag without KSMU_MERGEABLE.
- *           ENOMEM      holes in the range: what is mapped has been advised all the same, as madvise does. Or no memory
- *                       for the library's data. KSMU_UNMERGEABLE: the copies would not fit into free memory, swap and
- *                       the cgroup's limit; what was copied back stays so, the rest stays merged, and a region.
+ *           ENOMEM      holes in the range: what is mapped has been advised (unmerged, discarded) all the same, as
+ *                       madvise does; ksmu_last_error() tells this from the next. Or no memory for the library's data.
+ *                       KSMU_UNMERGEABLE: the copies would not fit into free memory, swap and the cgroup's limit; what
+ *                       was copied back stays so, the rest stays merged, and a region.
  *           EOPNOTSUPP  KSMU_MERGEABLE: nothing in the range can be merged: shared, file-backed, hugetlb, locked, a
  *                       stack, libc's heap, special. A mixed range succeeds; ksmu_read_region shows the rest.
  *           EBUSY       KSMU_MERGEABLE: another userfaultfd holds all of it that could be merged.
- *           EAGAIN      the library is being stopped.
+ *           EAGAIN      the library is being stopped. KSMU_UNMERGEABLE: or another thread is moving the memory; ask
+ *                       again.
  *           KSMU_DISCARD also has those of madvise(MADV_DONTNEED); KSMU_MERGEABLE those of ksmu_start.
  * Safety    threads yes; signals no; fork yes. The program may go on using the memory meanwhile.
  * Cost      MERGEABLE: a call, and a few system calls for each mapping in the range, whatever its length; nothing is
- *           read. UNMERGEABLE: some 2 microseconds for each merged page. RELEASE, DISCARD: a call, and the kernel's
- *           cost; memory in no region: the kernel's cost alone.
+ *           read. UNMERGEABLE: for each merged page some 5 microseconds in runs of 64, 7 in runs of 16, 46 if it is
+ *           alone. RELEASE, DISCARD: a call, and the kernel's cost; memory in no region: the kernel's cost alone.
  */
 KSMU_API int ksmu_advise(void *addr, size_t length, int advice);
 
@@ -388,7 +398,8 @@ KSMU_API int ksmu_unmap(void *addr, size_t length);
 /*
  * Merges now: on return, what in the range can be merged, with other pages of it or with any other region, is. Needs no
  * stillness (the gate proves that nobody writes), and obeys neither run=0 nor cpu_limit_percent nor the back-off of hot
- * pages. Huge pages and the map budget are heeded as always.
+ * pages. Huge pages and the map budget are heeded as always, and broken pages (merged and written since) stay as they
+ * are until remerge_seconds have passed.
  * Units     addr page-aligned; length in bytes, rounded up to pages. Memory in no region is passed over; so (NULL,
  *           SIZE_MAX rounded down to pages) is all regions. Returns the number of pages that came to share a
  *           frame (the first of its content included) or were dropped as zero; not those that were merged before.
@@ -437,7 +448,9 @@ KSMU_API int ksmu_get(const char *name, int64_t *value);
  *                                        EOPNOTSUPP
  *   max_maps           0       0 ..      mappings that merging may add to the process; 0: from vm.max_map_count, less a
  *                                        reserve for the program. Lowering it unmerges nothing
- *   thp_min_duplicates 64      0 .. 512  split a huge page if so many of its 512 are expected to merge or to be zero
+ *   thp_min_duplicates 64      0 .. 512  split a huge page if so many of its 512 are expected to merge or to be zero,
+ *                                        by a sample of one content in 16. 0 and 1 split all, without sampling,
+ *                                        as does smart_scan 0
  *
  * Units     as the table says.
  * Lifetime  until set again; kept over ksmu_stop and a later start; a forked child inherits it.
@@ -445,7 +458,7 @@ KSMU_API int ksmu_get(const char *name, int64_t *value);
  *           max_page_sharing; EOPNOTSUPP see merge_across_nodes; ENOMEM run=2: would not fit into memory (as for
  *           KSMU_UNMERGEABLE; run is 2 then, the rest stays merged, set it again to go on); EAGAIN being stopped.
  * Safety    threads yes; signals no; fork yes.
- * Cost      a call; run=2: some 2 microseconds for each merged page.
+ * Cost      a call; run=2: as KSMU_UNMERGEABLE, for each merged page.
  */
 KSMU_API int ksmu_set(const char *name, int64_t value);
 
@@ -493,7 +506,8 @@ KSMU_API int ksmu_explain(const void *addr, struct ksmu_page_info *info, size_t 
  * Errors    EALREADY   started with other options.
  *           EINVAL     unknown flag, malformed cpus, negative max_maps, size 0, a bad value in the environment.
  *           EPERM      no right to userfaultfd: ksmu_last_error() says which command mends it.
- *           ENOSYS     the kernel is too old: ksmu_last_error() names the missing feature.
+ *           ENOSYS     the kernel is too old: ksmu_last_error() names the missing feature. Or mlockall(MCL_FUTURE) is
+ *                      in force.
  *           EOPNOTSUPP broker or domain is given, and this build of the library has no broker.
  *           ENOMEM, EMFILE, ENFILE, EAGAIN  no memory, descriptors or threads; EAGAIN also: being stopped.
  *           A failed start changes nothing, and may be tried again.
@@ -504,14 +518,17 @@ KSMU_API int ksmu_start(const struct ksmu_options *options, size_t size);
 
 /*
  * Takes one start back. The last one unmerges everything (as run=2), forgets all regions and ends the threads; memory
- * stays mapped, with its contents. A program that just exits need not call it.
+ * stays mapped, with its contents. A program that just exits need not call it. Pages written since they were merged
+ * stay in a mapping of the pool; while a child forked before is alive, a raw discard of one shows the old bytes, not
+ * zeros: discard by KSMU_DISCARD, which works after the stop too.
  * Lifetime  after the last no thread and no descriptor of the library is left, and of its mappings but a few pages. It
  *           may be started again.
  * Errors    EINVAL not started; ENOMEM unmerging would not fit into memory: the rest stays merged, the library goes on
- *           running, the start is not taken back; EAGAIN another thread is in the last ksmu_stop.
+ *           running, the start is not taken back; EAGAIN another thread is in the last ksmu_stop, or is moving merged
+ *           memory: as for ENOMEM, stop again.
  * Safety    threads yes, also with others in the middle of any function: these finish or fail with EAGAIN; signals no;
  *           fork yes.
- * Cost      the last: some 2 microseconds for each merged page, and some milliseconds.
+ * Cost      the last: as KSMU_UNMERGEABLE for each merged page, and some milliseconds.
  */
 KSMU_API int ksmu_stop(void);
 

@@ -6,6 +6,10 @@
 // Objects of these classes are like other objects: one thread at a time each. The memory behind them is free to use.
 #pragma once
 
+#if __cplusplus < 202002L
+#error "ksmu.hpp needs C++20: compile with -std=c++20 (CMake: target_compile_features(... cxx_std_20)), or include ksmu.h"
+#endif
+
 #include <ksmu/ksmu.h>
 #include <sys/mman.h>
 #include <unistd.h>

@@ -17,6 +17,7 @@ using engine::Reason;
 
 namespace {
 
+constexpr const char* kDiscardHoles = "part of the range is not mapped: what is mapped has been discarded";
 constexpr std::int64_t kBytesPerMapping = 270;  // of kernel memory
 
 // On success errno is what it was.
@@ -59,19 +60,26 @@ bool MakeSpan(const void* addr, std::size_t length, os::Span* span) {
   return true;
 }
 
-const char* SentenceFor(int error, Command::Kind kind) {
+const char* SentenceFor(int error, const Command& command) {
+  const bool unmerging = command.kind == Command::kUnmerge || command.kind == Command::kUnmergeAll;
   switch (error) {
     case ENOMEM:
-      return kind == Command::kUnmerge || kind == Command::kUnmergeAll
-                 ? "unmerging all of it does not fit into memory: what is left stays merged. Free memory or add swap, then "
-                   "ask again"
-                 : "part of the range is not mapped (what is mapped has been advised), or there is no memory";
+      if (command.holes) return "part of the range is not mapped: what is mapped has been unmerged";
+      if (unmerging) {
+        return "unmerging all of it does not fit into memory: what is left stays merged. Free memory or add swap, then ask "
+               "again";
+      }
+      if (command.kind == Command::kDiscard) return kDiscardHoles;
+      if (command.kind == Command::kUnmap) return "unmapping would split a mapping, and the process has as many as it may";
+      return "part of the range is not mapped (what is mapped has been advised), or there is no memory";
     case EOPNOTSUPP:
       return "nothing in the range can be merged: it is shared, file-backed, hugetlb, locked, a stack, libc's heap or special";
     case EBUSY:
       return "another userfaultfd holds the range: its owner has to unregister it first";
     case EAGAIN:
-      return "the library is being stopped";
+      return unmerging ? "the memory is being moved or changed by another thread, or the library is being stopped: what is "
+                         "left stays merged, ask again"
+                       : "the library is being stopped";
     case EINTR:
       return "interrupted by a signal: what has been merged is merged, ask again for the rest";
     default:
@@ -82,7 +90,7 @@ const char* SentenceFor(int error, Command::Kind kind) {
 int Finish(const KeepErrno& keep, const Command& command) {
   if (command.result >= 0) return keep.Succeed();
   const auto error = static_cast<int>(-command.result);
-  return Fail(error, SentenceFor(error, command.kind));
+  return Fail(error, SentenceFor(error, command));
 }
 
 template <typename T>
@@ -193,7 +201,7 @@ int ksmu_advise(void* addr, size_t length, int advice) {
 
   const auto discard = [&]() {
     const int error = InRawChild() ? os::DiscardWithoutEngine(span) : HasLeftovers() ? os::DiscardAfterStop(span) : os::DiscardPlainly(span);
-    if (error) return Fail(-error, "the kernel refused the discard");
+    if (error) return Fail(-error, error == -ENOMEM ? kDiscardHoles : "the kernel refused the discard");
     return keep.Succeed();
   };
   if (plain == KSMU_DISCARD && InRawChild()) return discard();

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <type_traits>
 
 #include "base/test_point.h"
 #include "os/thread.h"
@@ -18,7 +19,9 @@ namespace {
 
 thread_local char t_last_error[320];
 
-engine::Settings g_settings;
+// All of this is there before the first constructor of the program runs: a static initialiser of a program that is linked
+// with the archive may come before ours.
+constinit engine::Settings g_settings;
 
 struct State {
   // Held over starting, stopping and fork; never by a library thread, never while a command is carried out but the last.
@@ -28,18 +31,19 @@ struct State {
   std::int64_t starts = 0;        // starts not yet taken back
   std::int64_t starts_total = 0;
   std::atomic<bool> stopping{false};
-  std::atomic<int> pid{0};        // of the process that the engine belongs to
+  std::atomic<int> pid{0};        // of the process that the engine belongs to; 0: nobody has asked yet
   std::atomic<bool> inherited{false};  // libc's fork from a process with an engine: the first use wakes one here
   engine::RuntimeOptions options;
   bool by_first_use = false;
 };
 
-// Never destroyed: library threads and functions of the interface outlive static destructors.
-alignas(State) unsigned char g_state_memory[sizeof(State)];
-State& state() { return *reinterpret_cast<State*>(g_state_memory); }
+constinit State g_state;
+// Library threads and functions of the interface outlive static destructors.
+static_assert(std::is_trivially_destructible_v<State> && std::is_trivially_destructible_v<engine::Settings>);
+State& state() { return g_state; }
 
 // Where a forked child finds what it inherits: this memory is copied by fork, the engine's own is not.
-engine::Inheritance g_inheritance;
+constinit engine::Inheritance g_inheritance;
 
 constexpr std::int64_t kNoMaximum = std::int64_t{1} << 40;
 const Tunable kTunables[] = {
@@ -130,7 +134,7 @@ void ForkChild() {
   s.stopping.store(false, std::memory_order_relaxed);
   if (had) {
     s.inherited.store(true, std::memory_order_relaxed);
-    g_inheritance.file_count = g_inheritance.child_file_count;
+    g_inheritance.file_count.store(g_inheritance.child_file_count, std::memory_order_relaxed);
   }
   s.starts_total = 0;
   s.pid.store(os::ProcessId(), std::memory_order_relaxed);
@@ -138,10 +142,12 @@ void ForkChild() {
   new (&s.mutex) std::mutex;
 }
 
+// When the library is loaded, or at the first use before that.
 __attribute__((constructor)) void Construct() {
-  new (g_state_memory) State;
-  state().pid.store(os::ProcessId(), std::memory_order_relaxed);
-  pthread_atfork(&ForkPrepare, &ForkParent, &ForkChild);
+  int none = 0;
+  if (state().pid.compare_exchange_strong(none, os::ProcessId(), std::memory_order_relaxed)) {
+    pthread_atfork(&ForkPrepare, &ForkParent, &ForkChild);
+  }
 }
 
 // Under the mutex.
@@ -189,9 +195,16 @@ int Fail(int error, const char* sentence) {
 
 const char* LastError() { return t_last_error; }
 engine::Settings& settings() { return g_settings; }
-bool HasLeftovers() { return g_inheritance.file_count != 0; }
+bool HasLeftovers() { return g_inheritance.file_count.load(std::memory_order_acquire) != 0; }
 std::int64_t Starts() { return state().starts_total; }
-bool InRawChild() { return state().pid.load(std::memory_order_relaxed) != os::ProcessId(); }
+bool InRawChild() {
+  int pid = state().pid.load(std::memory_order_relaxed);
+  if (pid == 0) {
+    Construct();
+    pid = state().pid.load(std::memory_order_relaxed);
+  }
+  return pid != os::ProcessId();
+}
 
 const Tunable* FindTunable(const char* name) {
   for (const Tunable& tunable : kTunables) {
@@ -334,7 +347,11 @@ int ksmu_stop(void) {
     s.stopping.store(false, std::memory_order_release);
     lock.unlock();
     return Fail(static_cast<int>(-command.result),
-                "unmerging all does not fit into memory: the library goes on. Free memory or add swap, then stop again");
+                command.result == -ENOMEM
+                    ? "unmerging all does not fit into memory: the library goes on. Free memory or add swap, then stop again"
+                : command.result == -EAGAIN
+                    ? "another thread is moving or changing merged memory: the library goes on. Stop again"
+                    : "the kernel refused to unmerge a part: the library goes on. Its log says which call was refused");
   }
   s.runtime.store(nullptr, std::memory_order_seq_cst);
   s.starts = 0;

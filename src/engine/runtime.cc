@@ -5,6 +5,7 @@
 #include <climits>
 #include <new>
 
+#include "os/mappings.h"
 #include "os/thread.h"
 
 namespace ksmu::engine {
@@ -19,6 +20,30 @@ constexpr int kEventWaitMs = 1000;
 constexpr int kStopPatience = 200;  // times 10 ms
 }  // namespace
 
+void Inheritance::ForgetUnmapped() {
+  const std::size_t count = file_count.load(std::memory_order_relaxed);
+  if (count == 0) return;
+  os::Mappings mappings;
+  if (mappings.Open() != 0) return;
+  std::array<bool, kMaxFiles> shown{};
+  os::Mapping mapping;
+  int error;
+  for (Address at = 0; (error = mappings.Query(at, &mapping)) == 0; at = mapping.end) {
+    if (mapping.anonymous) continue;
+    for (std::size_t i = 0; i < count; ++i) {
+      shown[i] |= files[i].device == mapping.device && files[i].inode == mapping.inode;
+    }
+  }
+  mappings.Close();
+  if (error != -ENOENT) return;
+  std::size_t kept = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (shown[i]) files[kept++] = files[i];
+  }
+  child_file_count = kept;
+  file_count.store(kept, std::memory_order_release);
+}
+
 int Runtime::Start(const Settings& settings, const RuntimeOptions& options, Runtime** out, os::ErrorText* error) {
   void* memory = base::MapOwnPages(sizeof(Runtime));
   if (!memory) {
@@ -29,7 +54,7 @@ int Runtime::Start(const Settings& settings, const RuntimeOptions& options, Runt
   int result = runtime->log_.Start(options.log, options.log_cookie);
   if (!result && (result = os::StartThread(&runtime->scanner_, &Runtime::ScannerMain, runtime))) runtime->log_.Stop();
   if (result) {
-    error->Set("no thread could be started: RLIMIT_NPROC, the cgroup's pids.max or memory is exhausted");
+    error->Set(os::WhyNoThread(result));
   } else {
     while (runtime->started_.load(std::memory_order_acquire) == 0) os::FutexWait(&runtime->started_, 0, -1);
     if (runtime->started_.load(std::memory_order_acquire) == 1) {
@@ -59,7 +84,10 @@ void Runtime::Join(Runtime* runtime) {
 
 int Runtime::OpenEngine(os::ErrorText* error) {
   if (int result = os::UnshareDescriptors()) {
-    error->Set("close_range(2) with CLOSE_RANGE_UNSHARE is refused: a seccomp filter, or a kernel before 5.9");
+    error->Set(result == -EMFILE || result == -ENFILE ? "no descriptors: RLIMIT_NOFILE (or fs.file-max) is too low"
+               : result == -ENOMEM
+                   ? "no memory for a descriptor table"
+                   : "close_range(2) with CLOSE_RANGE_UNSHARE is refused: a seccomp filter, or a kernel before 5.9");
     return result;
   }
   os::NameThisThread("ksmu-scan");
@@ -77,12 +105,13 @@ int Runtime::OpenEngine(os::ErrorText* error) {
     return -ENOMEM;
   }
   engine_ = new (memory) Engine(*system_, settings_, os::Entropy());
+  options_.inheritance->ForgetUnmapped();
   engine_->SetInherited(options_.inheritance->files.data(), options_.inheritance->file_count);
   engine_->SetPoll([](void* self) { static_cast<Runtime*>(self)->RunReadings(); }, this);
   int result = engine_->Start();
   if (result) error->Set("no memory for the library's own data");
   if (!result && (result = os::StartThread(&event_, &Runtime::EventMain, this))) {
-    error->Set("no thread could be started: RLIMIT_NPROC, the cgroup's pids.max or memory is exhausted");
+    error->Set(os::WhyNoThread(result));
   }
   return result;
 }
@@ -206,11 +235,12 @@ bool Runtime::RunCommands() {
       system_->Notify();
       os::JoinThread(event_);
       options_.inheritance->KeepFiles(*engine_);
-      options_.inheritance->file_count = options_.inheritance->child_file_count;
+      options_.inheritance->file_count.store(options_.inheritance->child_file_count, std::memory_order_release);
       Report();
       const std::uint64_t now = system_->NowNanoseconds();
       const std::size_t kept = engine_->frames_live();
       CloseEngine();
+      options_.inheritance->ForgetUnmapped();
       ReportStop(now, kept);
     }
     Answer(oldest);
@@ -283,7 +313,10 @@ void Runtime::Run(Command* command, Slot* slot) {
     case Command::kUnmerge:
       command->result = engine.Unmerge(command->span);
       unmerge_refused_ |= command->result == -ENOMEM;
-      if (command->result == 0 && engine.HasHoles(command->span)) command->result = -ENOMEM;
+      if (command->result == 0 && engine.HasHoles(command->span)) {
+        command->result = -ENOMEM;
+        command->holes = true;
+      }
       break;
     case Command::kRelease:
       command->result = engine.Release(command->span);

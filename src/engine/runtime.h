@@ -30,21 +30,25 @@ struct Settings : Tunables {
 
 // What an engine leaves behind for those after it, in this process or in a forked child; kept where a child finds it.
 struct Inheritance {
-  static constexpr std::size_t kMaxRegions = 4096, kMaxFiles = 256;
+  static constexpr std::size_t kMaxRegions = 4096, kMaxFiles = 1024;
   struct Entry {
     Address start, end;
     bool promise, sync_break, owned;
     std::uint8_t cause;  // not 0: excluded
   };
   std::size_t region_count = 0;
-  std::array<Entry, kMaxRegions> regions;
+  std::array<Entry, kMaxRegions> regions{};
   // Pool files of engines that are no more, or not here: the parent's, and those of this process that were stopped. Pages
   // may lie in their mappings still. The first `file_count` are known; a forked child knows `child_file_count`.
-  std::size_t file_count = 0, child_file_count = 0;
+  std::atomic<std::size_t> file_count{0};
+  std::size_t child_file_count = 0;
   std::array<os::File, kMaxFiles> files;
   void KeepFiles(const Engine& engine) {
-    child_file_count = file_count + engine.PoolFiles(files.data() + file_count, kMaxFiles - file_count);
+    const std::size_t known = file_count.load(std::memory_order_relaxed);
+    child_file_count = known + engine.PoolFiles(files.data() + known, kMaxFiles - known);
   }
+  // Forgets the files that no mapping of this process shows any more. While no engine is there.
+  void ForgetUnmapped();
 };
 
 struct RuntimeOptions {
@@ -66,6 +70,7 @@ struct Command {
   AdvisedRegion region;
   RegionCounts counts;
   Page page;
+  bool holes = false;  // kUnmerge: all is done, and -ENOMEM says that part of the span is not mapped
   bool in_region = false, huge = false;
   std::uint32_t sharers = 0, heat = 0;
   std::int64_t next_look_ms = -1;

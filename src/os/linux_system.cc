@@ -171,7 +171,19 @@ int LinuxSystem::OpenAll(const LinuxOptions& options, ErrorText* error) {
 
   ProbeContexts contexts{contexts_[kTracker], contexts_[kGate],       contexts_[kStaging],
                          contexts_[kBreaker], options.user_mode_only, options.refuse_kernel_faults};
-  return ProbeKernel(contexts, pagemap_, page_bytes_, error);
+  const int failed = ProbeKernel(contexts, pagemap_, page_bytes_, error);
+  if (failed == -ENOSYS) {
+    bool locked = false;
+    mappings_.ReadAttributes(
+        {idle_page_, page_bytes_},
+        [](void* found, const AttributedMapping& mapping) { *static_cast<bool*>(found) |= mapping.attributes.locked; }, &locked);
+    if (locked) {
+      error->Set(
+          "New memory is locked in this process (mlockall with MCL_FUTURE), and pages cannot be moved between locked and "
+          "unlocked memory: start the library before that, or lock what needs it by mlock.");
+    }
+  }
+  return failed;
 }
 
 void LinuxSystem::CloseAll() {

@@ -28,8 +28,11 @@ void* MapOwnHugePages(std::size_t bytes) {
   auto* whole = static_cast<char*>(MapOwnPages(bytes + kHuge));
   if (!whole) return nullptr;
   const std::size_t before = (kHuge - reinterpret_cast<std::uintptr_t>(whole)) & (kHuge - 1);
-  if (before) UnmapOwnPages(whole, before);
-  if (before < kHuge) UnmapOwnPages(whole + before + bytes, kHuge - before);
+  // To the byte, not rounded as UnmapOwnPages does: mmap's result is aligned to pages and no further, and what follows it
+  // is somebody else's.
+  if (before) munmap(whole, before);
+  if (before < kHuge) munmap(whole + before + bytes, kHuge - before);
+  g_mapped.fetch_sub(kHuge, std::memory_order_relaxed);
   madvise(whole + before, bytes, MADV_HUGEPAGE);
   return whole + before;
 }

@@ -1,6 +1,7 @@
 #include "os/thread.h"
 
 #include <fcntl.h>
+#include <link.h>
 #include <linux/futex.h>
 #include <sched.h>
 #include <signal.h>
@@ -20,6 +21,48 @@
 #include "os/raw.h"
 
 namespace ksmu::os {
+namespace {
+
+constexpr std::size_t kStackBytes = 256 * 1024;
+
+// What the C library takes out of a thread's stack for the thread variables of the program and of its libraries.
+std::size_t ThreadVariableBytes() {
+  // Asked for once, by the first thread that starts one of ours, which is the program's: whoever holds the dynamic
+  // linker's lock may be waiting for our threads later. Libraries that are loaded later have their variables elsewhere.
+  static std::atomic<std::size_t> known{0};
+  std::size_t bytes = known.load(std::memory_order_relaxed);
+  if (bytes) return bytes;
+  dl_iterate_phdr(
+      [](dl_phdr_info* object, std::size_t, void* sum) {
+        for (int i = 0; i < object->dlpi_phnum; ++i) {
+          const auto& header = object->dlpi_phdr[i];
+          if (header.p_type == PT_TLS) *static_cast<std::size_t*>(sum) += header.p_memsz + header.p_align;
+        }
+        return 0;
+      },
+      &bytes);
+  constexpr std::size_t kUnit = 64 * 1024;
+  bytes = (bytes / kUnit + 1) * kUnit;  // and what the C library adds: thread descriptor, room for late libraries
+  known.store(bytes, std::memory_order_relaxed);
+  return bytes;
+}
+
+}  // namespace
+
+const char* WhyNoThread(int error) {
+  switch (error) {
+    case -EAGAIN:
+      return "no thread could be started: RLIMIT_NPROC, the cgroup's pids.max, or memory or address space (RLIMIT_AS, "
+             "mlockall) is exhausted";
+    case -ENOMEM:
+      return "no thread could be started: no memory";
+    case -EINVAL:
+      return "no thread could be started: the C library finds a stack of 256 KiB and the program's thread_local variables "
+             "too small";
+    default:
+      return "no thread could be started: clone(2) is refused, by a seccomp filter most likely";
+  }
+}
 
 int StartThread(pthread_t* thread, void* (*body)(void*), void* argument) {
   sigset_t all, old;
@@ -27,7 +70,7 @@ int StartThread(pthread_t* thread, void* (*body)(void*), void* argument) {
   pthread_sigmask(SIG_SETMASK, &all, &old);
   pthread_attr_t attributes;
   pthread_attr_init(&attributes);
-  pthread_attr_setstacksize(&attributes, 256 * 1024);
+  pthread_attr_setstacksize(&attributes, kStackBytes + ThreadVariableBytes());
   pthread_attr_setinheritsched(&attributes, PTHREAD_EXPLICIT_SCHED);
   pthread_attr_setschedpolicy(&attributes, SCHED_OTHER);
   const int error = pthread_create(thread, &attributes, body, argument);

@@ -15,6 +15,7 @@ namespace ksmu::os {
 // Starts a thread with all signals blocked (glibc keeps those that setuid needs), free of the creator's real-time class,
 // priority and CPU pinning. 0 or -errno. Calls the program's calloc (glibc does, for the thread's vectors).
 int StartThread(pthread_t* thread, void* (*body)(void*), void* argument);
+const char* WhyNoThread(int error);  // a sentence about StartThread's result
 void JoinThread(pthread_t thread);
 // To be called by the new thread itself. `cpus`: a list like "0-3,8", or nullptr for all that the process may use.
 void NameThisThread(const char* name);

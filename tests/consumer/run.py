@@ -90,6 +90,15 @@ def main():
                     *([] if shared else ["-static"]))
                 try_out(f"pkg-config, {source}, {'shared' if shared else 'static'}", program, shared)
 
+        # A compiler without C++20 by default is told of it in one sentence.
+        old = subprocess.run([args.cxx, "-std=c++17", "-fsyntax-only", "-fmax-errors=1", "-I" + find(prefix, "ksmu.hpp") + "/..",
+                              os.path.join(HERE, "consumer.cc")], stderr=subprocess.PIPE, text=True, timeout=240)
+        first = next((line for line in old.stderr.splitlines() if "error" in line), "")
+        if old.returncode == 0 or "ksmu.hpp needs C++20" not in first:
+            sys.exit(f"consumer_test: ksmu.hpp under -std=c++17: {first or 'compiles'}")
+        for page in ("limits.md", "stats.md"):
+            find(prefix, page)
+
         for language, source in (("C", "consumer.c"), ("CXX", "consumer.cc")):
             build = os.path.join(work, "cmake-" + language)
             run(args.cmake, "-S", HERE, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", f"-DCONSUMER_LANGUAGES={language}",
