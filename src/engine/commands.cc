@@ -204,7 +204,8 @@ int Engine::UnmergeRun(const Region& region, Span run) {
     Words* word = table_.Find(a);
     Page page(word->load(std::memory_order_acquire));
     // Under a synchronous breaker the event thread has booked the copy as a break, and pinned the frame until it is seen.
-    while (page.covers() && (page.state() == PageState::kMerged || page.unconfirmed()) && IsPrivate(a)) {
+    // Copied, it can have been swapped out since.
+    while (page.covers() && (page.state() == PageState::kMerged || page.unconfirmed()) && IsPrivate(a, error == 0)) {
       if (!Change(word, page, page.WithState(PageState::kResidue).WithUnconfirmed(false))) continue;
       if (page.state() == PageState::kMerged) pool_.Unshare(page.value());
       if (page.unconfirmed()) pool_.Unpin(page.value());
@@ -382,11 +383,11 @@ void Engine::SettlePins() {
       }
       // A page that was discarded needs no copy: with its frame gone it reads as zeros.
       const bool copy = shown && !table_.Load(a).discarded();
-      if (copy && system_.AvailableMemory() > kMemoryReserve) system_.PopulateWrite({a, end - a});
+      const bool copied = copy && system_.AvailableMemory() > kMemoryReserve && system_.PopulateWrite({a, end - a}) == 0;
       for (; a < end; a += page_) {
         Words* word = table_.Find(a);
         Page page(word->load(std::memory_order_acquire));
-        while (page.covers() && page.unconfirmed() && (page.discarded() || (copy && IsPrivate(a)))) {
+        while (page.covers() && page.unconfirmed() && (page.discarded() || (copy && IsPrivate(a, copied)))) {
           if (!Change(word, page, page.WithState(PageState::kResidue).WithUnconfirmed(false))) continue;
           pool_.Unpin(page.value());
           break;
