@@ -204,8 +204,7 @@ int Engine::UnmergeRun(const Region& region, Span run) {
     Words* word = table_.Find(a);
     Page page(word->load(std::memory_order_acquire));
     // Under a synchronous breaker the event thread has booked the copy as a break, and pinned the frame until it is seen.
-    // Copied, it can have been swapped out since.
-    while (page.covers() && (page.state() == PageState::kMerged || page.unconfirmed()) && IsPrivate(a, error == 0)) {
+    while (page.covers() && (page.state() == PageState::kMerged || page.unconfirmed()) && HasCopy(a)) {
       if (!Change(word, page, page.WithState(PageState::kResidue).WithUnconfirmed(false))) continue;
       if (page.state() == PageState::kMerged) pool_.Unshare(page.value());
       if (page.unconfirmed()) pool_.Unpin(page.value());
@@ -214,7 +213,7 @@ int Engine::UnmergeRun(const Region& region, Span run) {
   }
   KSMU_TEST_POINT("unmerge.booked", run.start, run.bytes);
   for (Address a = run.start; a < run.end(); a += page_) {
-    if (table_.Load(a).state() != PageState::kMerged || IsPrivate(a, true)) continue;
+    if (table_.Load(a).state() != PageState::kMerged || HasCopy(a)) continue;
     // Not writable at the moment (PROT_NONE, PROT_READ), or the populating was refused: replace what is left.
     Address end = a;
     while (end < run.end() && table_.Load(end).state() == PageState::kMerged) end += page_;
@@ -383,11 +382,11 @@ void Engine::SettlePins() {
       }
       // A page that was discarded needs no copy: with its frame gone it reads as zeros.
       const bool copy = shown && !table_.Load(a).discarded();
-      const bool copied = copy && system_.AvailableMemory() > kMemoryReserve && system_.PopulateWrite({a, end - a}) == 0;
+      if (copy && system_.AvailableMemory() > kMemoryReserve) system_.PopulateWrite({a, end - a});
       for (; a < end; a += page_) {
         Words* word = table_.Find(a);
         Page page(word->load(std::memory_order_acquire));
-        while (page.covers() && page.unconfirmed() && (page.discarded() || (copy && IsPrivate(a, copied)))) {
+        while (page.covers() && page.unconfirmed() && (page.discarded() || (copy && HasCopy(a)))) {
           if (!Change(word, page, page.WithState(PageState::kResidue).WithUnconfirmed(false))) continue;
           pool_.Unpin(page.value());
           break;

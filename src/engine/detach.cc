@@ -518,6 +518,17 @@ void Engine::NoteWritten(Span taken) {
   }
 }
 
+// As IsPrivate, for a page that is about to be unmerged anyway: its protection mark, which would look like a page that is
+// swapped out where there is none, is taken away.
+bool Engine::HasCopy(Address a) {
+  if (IsPrivate(a)) return true;
+  if (!IsPrivate(a, true)) return false;
+  for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
+    while (system_.WriteProtect(breaker, {a, page_}, false) == -EAGAIN) system_.Yield();
+  }
+  return IsPrivate(a, true);
+}
+
 // A discarded page: the kernel has carried the discard out. Until it has, the page must stay in its place, where the zap
 // will look for it. From then on there is nothing, or the zero page, or what has been written since.
 bool Engine::IsZapped(Address a) {

@@ -219,6 +219,7 @@ class Engine {
   void LetGo();
   void UnmapTaken(Address taken_to, std::size_t bytes);
   bool IsZapped(Address a);
+  bool HasCopy(Address a);
   bool IsPrivate(Address a, bool unmarked = false);
 
   // commands.cc
