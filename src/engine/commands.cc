@@ -262,6 +262,7 @@ int Engine::UnmergeRange(const Region& region, Span span) {
              table_.Load(end).value() == page.value() + (end - a) / page_) {
         end += page_;
       }
+      if (end == a) continue;  // discarded in this very moment
       if (allowance < end - a) {
         // Never provoke the OOM killer: ask, take at most half of what is free, ask again.
         const std::uint64_t available = system_.AvailableMemory();
