@@ -215,7 +215,7 @@ int Engine::UnmergeRun(const Region& region, Span run) {
   for (Address a = run.start; a < run.end(); a += page_) {
     if (table_.Load(a).state() != PageState::kMerged || HasCopy(a)) continue;
     // Not writable at the moment (PROT_NONE, PROT_READ), or the populating was refused: replace what is left.
-    Address end = a;
+    Address end = a + page_;
     while (end < run.end() && table_.Load(end).state() == PageState::kMerged) end += page_;
     const int unknown = system_.QueryMapping(a, &mapping);
     // No further than this mapping, or this hole, goes.
@@ -257,12 +257,11 @@ int Engine::UnmergeRange(const Region& region, Span span) {
         a += page_;
         continue;
       }
-      Address end = a;
+      Address end = a + page_;
       while (end < high && (end - a) / page_ < kPopulatePages && table_.Load(end).state() == PageState::kMerged &&
              table_.Load(end).value() == page.value() + (end - a) / page_) {
         end += page_;
       }
-      if (end == a) continue;  // discarded in this very moment
       if (allowance < end - a) {
         // Never provoke the OOM killer: ask, take at most half of what is free, ask again.
         const std::uint64_t available = system_.AvailableMemory();
