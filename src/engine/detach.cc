@@ -449,6 +449,8 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
       if (replaced && !EventsPending(patience)) {
         for (std::size_t i = 0; i < n; ++i) {
           const Address a = run.start + i * page_;
+          // Announced since it was taken: the zap is yet to come, and finds what is here now.
+          if (table_.Load(a).discarded()) NoteInFlight(a);
           ForgetPage(a, table_.Find(a));
           if (filled[i] && region.kind == Region::kMergeable) {
             Set(a, Page().WithState(PageState::kFresh).WithStamp(pass_));

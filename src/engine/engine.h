@@ -191,6 +191,7 @@ class Engine {
   void ClearBusy(Span run);
   // How many pages from the start can be taken now; *reason for the one after them.
   void NoteDiscards(Span run, std::size_t from);
+  void NoteInFlight(Address page);
   bool DiscardInFlight(Address page, std::uint64_t now) const;
   void LookAgain(Address page);
   void LookAtPages(Address start, Address limit);

@@ -109,15 +109,18 @@ bool Engine::Unwaitable(Address page) const {
 // discarding thread runs next. Merged before that, the page would look like a frame that came back from swap, and show the
 // old bytes again. So it is left alone for longer than a thread that is about to run is ever kept waiting.
 void Engine::NoteDiscards(Span run, std::size_t from) {
-  constexpr std::uint64_t kInFlightNs = 2'000'000'000;
-  const std::uint64_t until = system_.NowNanoseconds() + kInFlightNs;
   for (std::size_t i = from; i < run.bytes / page_; ++i) {
-    if (!gate_.gone(i)) continue;
-    InFlight& place = in_flight_[in_flight_next_++ % in_flight_.size()];
-    if (place.until > system_.NowNanoseconds()) all_in_flight_until_ = std::max(all_in_flight_until_, place.until);
-    place = {run.start + i * page_, until};
-    in_flight_until_ = until;
+    if (gate_.gone(i)) NoteInFlight(run.start + i * page_);
   }
+}
+
+void Engine::NoteInFlight(Address page) {
+  constexpr std::uint64_t kInFlightNs = 2'000'000'000;
+  const std::uint64_t now = system_.NowNanoseconds();
+  InFlight& place = in_flight_[in_flight_next_++ % in_flight_.size()];
+  if (place.until > now) all_in_flight_until_ = std::max(all_in_flight_until_, place.until);
+  place = {page, now + kInFlightNs};
+  in_flight_until_ = now + kInFlightNs;
 }
 
 bool Engine::DiscardInFlight(Address page, std::uint64_t now) const {
