@@ -270,6 +270,7 @@ struct ksmu_stats {
   int64_t unmerged_unwaitable;
   int64_t unmerged_foreign;
   int64_t unmerged_failed;
+  int64_t gate_p99_us;        /* the 99th percentile of the times that gates were shut, at most a quarter too much */
 };
 
 /* X(field) for every field of struct ksmu_stats, in its order. */
@@ -318,7 +319,8 @@ struct ksmu_stats {
   X(unmerged_pool) \
   X(unmerged_unwaitable) \
   X(unmerged_foreign) \
-  X(unmerged_failed)
+  X(unmerged_failed) \
+  X(gate_p99_us)
 
 /* One region. pages_tracked = pages_merged + pages_zero + pages_unshared + pages_volatile + pages_unmerged. */
 struct ksmu_region_stats {
@@ -444,6 +446,13 @@ KSMU_API int ksmu_get(const char *name, int64_t *value);
  *                                        THE LONGEST TIME FOR WHICH ANY WRITE BY THE KERNEL OR A DEVICE INTO THE
  *                                        PROGRAM'S MEMORY CAN BE UNDER WAY (direct I/O, process_vm_writev): the
  *                                        page that such a write claimed would be replaced under it, the write lost
+ *   advisor_mode       0       0, 1      1: scan-time, KSM's advisor: pages_to_scan follows what is tracked, so that all of it
+ *                                        passes in advisor_target_scan_time, and cannot be set (EINVAL). Changing
+ *                                        the mode sets pages_to_scan to 0. cpu_limit_percent holds all the same
+ *   advisor_max_cpu    70      1 .. 100  with the advisor: no more of one CPU than this, percent
+ *   advisor_min_pages_to_scan 500, advisor_max_pages_to_scan 30000
+ *                              1 ..      with the advisor: bounds of pages_to_scan
+ *   advisor_target_scan_time 200 1 ..    with the advisor: seconds
  *   merge_across_nodes 1       1         this version knows one NUMA node only, and so merges across them: 0 is
  *                                        EOPNOTSUPP
  *   max_maps           0       0 ..      mappings that merging may add to the process; 0: from vm.max_map_count, less a

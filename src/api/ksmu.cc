@@ -126,6 +126,7 @@ void FillStats(const Command& command, ksmu_stats* stats) {
   s.maps_used = static_cast<std::int64_t>(g.maps);
   s.general_profit = (s.pages_sharing + s.ksm_zero_pages) * page - s.metadata_bytes - kBytesPerMapping * s.maps_used;
   s.gate_max_us = (c.gate_max_ns + 999) / 1000;
+  s.gate_p99_us = (c.gate_p99_ns + 999) / 1000;
   s.gate_count = c.gate_count;
   s.unmerge_bytes = s.pages_merged * page;
   s.regions = static_cast<std::int64_t>(g.regions);
@@ -303,6 +304,9 @@ int ksmu_get(const char* name, int64_t* value) {
   if (!name || !value) return Fail(EINVAL, "the name or the place for the value is NULL");
   if (const Tunable* tunable = FindTunable(name)) {
     *value = tunable->value ? tunable->value->load(std::memory_order_relaxed) : tunable->fallback;
+    if (tunable->value == &settings().pages_to_scan && settings().advisor_mode.load() != 0) {
+      *value = settings().advised_pages_to_scan.load(std::memory_order_relaxed);
+    }
     return keep.Succeed();
   }
 #define KSMU_GET_COUNTER(field)           \
@@ -336,7 +340,15 @@ int ksmu_set(const char* name, int64_t value) {
   if (tunable->value == &settings().max_page_sharing && value != settings().max_page_sharing.load() && use.runtime()) {
     if (ReadStats().pages_merged != 0) return Fail(EBUSY, "pages are shared: set run to 2 first");
   }
+  if (tunable->value == &settings().pages_to_scan && settings().advisor_mode.load() != 0) {
+    return Fail(EINVAL, "the advisor sets pages_to_scan: set advisor_mode to 0 first");
+  }
   SetByProgram(tunable, value);
+  if (tunable->value == &settings().advisor_mode) {
+    // As KSM: whatever the mode, pages_to_scan begins anew.
+    settings().advised_pages_to_scan.store(0, std::memory_order_relaxed);
+    SetByProgram(FindTunable("pages_to_scan"), 0);
+  }
   if (!use.runtime()) return keep.Succeed();
   if (tunable->value == &settings().run && value == 2) {
     Command command;

@@ -57,6 +57,11 @@ const Tunable kTunables[] = {
     {"remerge", &g_settings.remerge, 1, 0, 1},
     {"remerge_seconds", &g_settings.remerge_seconds, 60, 0, 4000},
     {"max_maps", &g_settings.max_maps, 0, 0, kNoMaximum},
+    {"advisor_mode", &g_settings.advisor_mode, 0, 0, 1},
+    {"advisor_max_cpu", &g_settings.advisor_max_cpu, 70, 1, 100},
+    {"advisor_min_pages_to_scan", &g_settings.advisor_min_pages_to_scan, 500, 1, kNoMaximum},
+    {"advisor_max_pages_to_scan", &g_settings.advisor_max_pages_to_scan, 30000, 1, kNoMaximum},
+    {"advisor_target_scan_time", &g_settings.advisor_target_scan_time, 200, 1, kNoMaximum},
     {"merge_across_nodes", nullptr, 1, 0, 1},
     {"thp_min_duplicates", &g_settings.thp_min_duplicates, 64, 0, 512},
 };

@@ -218,9 +218,7 @@ void Gate::Open(std::size_t attached) {
   system_.Wake(os::kGate, run_);
   shut_ = false;
   const auto held = static_cast<std::int64_t>(system_.NowNanoseconds() - shut_at_);
-  if (held > counters_.gate_max_ns.load(std::memory_order_relaxed)) {
-    counters_.gate_max_ns.store(held, std::memory_order_relaxed);
-  }
+  counters_.CountGate(static_cast<std::uint64_t>(held));
   KSMU_PROBE3(gate_open, run_.start, pages_, held);
 }
 

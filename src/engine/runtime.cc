@@ -483,14 +483,38 @@ void Runtime::ScannerLoop() {
   }
 }
 
+// KSM's scan-time advisor: a batch of such a size that all tracked pages pass in the target time, within its bounds. KSM
+// approaches it pass by pass from how long the last one took; here the sizes are known.
+std::int64_t Runtime::AdvisePages() const {
+  const auto read = [](const std::atomic<std::int64_t>& value) { return value.load(std::memory_order_relaxed); };
+  std::int64_t tracked = 0;
+  const CounterValues counters = engine_->counters().Read();
+  for (PageState state : {PageState::kFresh, PageState::kStill, PageState::kMerged, PageState::kBroken, PageState::kZero,
+                          PageState::kUnmerged}) {
+    tracked += counters.in(state);
+  }
+  const std::int64_t least = read(settings_.advisor_min_pages_to_scan), most = read(settings_.advisor_max_pages_to_scan);
+  const std::int64_t target_ms = read(settings_.advisor_target_scan_time) * 1000;
+  const auto wanted = static_cast<double>(tracked) * static_cast<double>(read(settings_.sleep_millisecs)) /
+                      static_cast<double>(target_ms);
+  return std::max(least, std::min(most, static_cast<std::int64_t>(wanted)));
+}
+
 // One step, and when pacing lets the next one come. A command that ends the sleep does not bring the next step forward.
 void Runtime::Scan() {
   const std::uint64_t begun = system_->NowNanoseconds(), cpu = system_->ThreadCpuNanoseconds();
-  const auto limit = settings_.cpu_limit_percent.load(std::memory_order_relaxed);
+  const bool advised = settings_.advisor_mode.load(std::memory_order_relaxed) != 0;
+  auto limit = settings_.cpu_limit_percent.load(std::memory_order_relaxed);
+  // The tighter of the two: an advisor raises no limit.
+  if (advised) limit = std::min(limit > 0 ? limit : 100, settings_.advisor_max_cpu.load(std::memory_order_relaxed));
   const Engine::StepResult step = engine_->Step();
   const std::uint64_t now = system_->NowNanoseconds();
   batch_pages_ += step.pages_read;
-  const auto pages_to_scan = settings_.pages_to_scan.load(std::memory_order_relaxed);
+  if (advised && (step.pass_ended || settings_.advised_pages_to_scan.load(std::memory_order_relaxed) == 0)) {
+    settings_.advised_pages_to_scan.store(AdvisePages(), std::memory_order_relaxed);
+  }
+  const auto pages_to_scan =
+      (advised ? settings_.advised_pages_to_scan : settings_.pages_to_scan).load(std::memory_order_relaxed);
   const auto sleep_millisecs = settings_.sleep_millisecs.load(std::memory_order_relaxed);
   std::int64_t sleep = 0;
   if (limit > 0 && limit < 100) {

@@ -26,6 +26,12 @@ struct Settings : Tunables {
   std::atomic<std::int64_t> pages_to_scan{0};
   std::atomic<std::int64_t> sleep_millisecs{20};
   std::atomic<std::int64_t> cpu_limit_percent{10};
+  std::atomic<std::int64_t> advisor_mode{0};  // 1: scan-time
+  std::atomic<std::int64_t> advisor_max_cpu{70};
+  std::atomic<std::int64_t> advisor_min_pages_to_scan{500};
+  std::atomic<std::int64_t> advisor_max_pages_to_scan{30000};
+  std::atomic<std::int64_t> advisor_target_scan_time{200};
+  mutable std::atomic<std::int64_t> advised_pages_to_scan{0};  // what the advisor has last come to
 };
 
 // What an engine leaves behind for those after it, in this process or in a forked child; kept where a child finds it.
@@ -115,6 +121,7 @@ class Runtime {
   void CloseEngine();
   void ScannerLoop();
   bool RunCommands();
+  std::int64_t AdvisePages() const;
   void RunReadings();
   void RunOthers();
   void Run(Command* command, Slot* slot);

@@ -292,6 +292,7 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
           pool_.Unshare(page.value());
           Add(counters_.cow_breaks, 1);
           ++broken;
+          ++rewritten;  // where merging does not last, the segment is left alone for longer and longer
         }
         break;
       case PageState::kBroken:

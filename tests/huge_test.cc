@@ -1,0 +1,171 @@
+// Huge pages: those with nothing to merge stay huge, those worth it are split, and the counters tell which is which.
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <fstream>
+#include <string>
+
+#include "counts_support.h"
+#include "test_support.h"
+
+namespace ksmu::test {
+namespace {
+
+constexpr std::size_t kHuge = std::size_t{2} << 20;
+constexpr std::size_t kSegments = 8;
+
+// Private anonymous memory in huge pages, as far as the system has them. A test skips where it has not.
+class HugeMemory {
+ public:
+  HugeMemory() {
+    whole_ = static_cast<char*>(mmap(nullptr, kSegments * kHuge + kHuge, PROT_READ | PROT_WRITE,
+                                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    data_ = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(whole_) + kHuge - 1) & ~(kHuge - 1));
+    madvise(data_, kSegments * kHuge, MADV_HUGEPAGE);
+    for (std::size_t i = 0; i < kSegments; ++i) data_[i * kHuge] = 1;
+  }
+  ~HugeMemory() { munmap(whole_, kSegments * kHuge + kHuge); }
+  char* data() const { return data_; }
+  std::size_t bytes() const { return kSegments * kHuge; }
+  std::size_t pages() const { return bytes() / PageSize(); }
+  char* page(std::size_t i) const { return data_ + i * PageSize(); }
+  // Of all the process: the library's own huge page comes and goes, so it is asked for in segments of ours.
+  std::size_t HugeSegments() const {
+    std::size_t huge = 0;
+    for (std::size_t i = 0; i < kSegments; ++i) {
+      ksmu_page_info info;
+      if (ksmu_explain(data_ + i * kHuge, &info, sizeof info) == 0) huge += info.huge == 1;
+    }
+    return huge;
+  }
+
+ private:
+  char* whole_;
+  char* data_;
+};
+
+void Flat() {
+  Set("cpu_limit_percent", 100);
+  Set("sleep_millisecs", 0);
+}
+
+#define SKIP_WITHOUT_HUGE_PAGES(memory)                                                                        \
+  do {                                                                                                         \
+    ksmu_stats starts;                                                                                         \
+    ASSERT_OK(ksmu_start(nullptr, 0));                                                                         \
+    ASSERT_OK(ksmu_read_stats(&starts, sizeof starts));                                                        \
+    if ((memory).HugeSegments() != kSegments) GTEST_SKIP() << "the system gives no transparent huge pages here"; \
+  } while (false)
+
+std::uint64_t Unique(std::size_t i) { return 1000 + i; }
+// Half of each segment in common with the other segments, at other places.
+std::uint64_t Half(std::size_t i) { return i % 2 == 0 ? 10 + (i * 7 + i / 512) % 512 : 1000 + i; }
+
+KSMU_ISOLATED_TEST(Huge, NothingToMergeStaysHuge, 60) {
+  HugeMemory memory;
+  SKIP_WITHOUT_HUGE_PAGES(memory);
+  for (std::size_t i = 0; i < memory.pages(); ++i) FillPage(memory.page(i), Unique(i));
+  Flat();
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  WaitUntil([&] { return Get("unmerged_huge") == static_cast<std::int64_t>(memory.pages()); }, 20);
+  const std::int64_t scans = Get("full_scans");
+  WaitUntil([&] { return Get("full_scans") >= scans + 20; }, 30);
+  EXPECT_EQ(memory.HugeSegments(), kSegments);
+  EXPECT_EQ(Get("unmerged_huge"), static_cast<std::int64_t>(memory.pages()));
+  EXPECT_EQ(ksmu_merge(memory.data(), memory.bytes()), 0);
+  EXPECT_EQ(memory.HugeSegments(), kSegments) << "ksmu_merge heeds huge pages, too";
+  EXPECT_TRUE(Balanced(ReadStats()));
+  // Written, they stay huge: nothing is armed.
+  for (std::size_t i = 0; i < memory.pages(); i += 3) FillPage(memory.page(i), Unique(i));
+  EXPECT_EQ(memory.HugeSegments(), kSegments);
+  for (std::size_t i = 0; i < memory.pages(); ++i) {
+    ASSERT_TRUE(PageIs(memory.page(i), Unique(i))) << "page " << i;
+  }
+}
+
+KSMU_ISOLATED_TEST(Huge, WhatIsWorthItIsSplit, 60) {
+  HugeMemory memory;
+  SKIP_WITHOUT_HUGE_PAGES(memory);
+  for (std::size_t i = 0; i < memory.pages(); ++i) FillPage(memory.page(i), Half(i));
+  Flat();
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  WaitUntil([&] { return Get("pages_merged") >= static_cast<std::int64_t>(memory.pages() / 2 - 16); }, 40);
+  EXPECT_GE(Get("pages_merged"), static_cast<std::int64_t>(memory.pages() / 2 - 16));
+  EXPECT_EQ(memory.HugeSegments(), 0u);
+  EXPECT_TRUE(Balanced(ReadStats()));
+  for (std::size_t i = 0; i < memory.pages(); ++i) {
+    ASSERT_TRUE(PageIs(memory.page(i), Half(i))) << "page " << i;
+  }
+}
+
+KSMU_ISOLATED_TEST(Huge, ZerosCountAsWorthIt, 60) {
+  HugeMemory memory;
+  SKIP_WITHOUT_HUGE_PAGES(memory);
+  // One segment of eight has 100 zero pages.
+  const auto seed = [](std::size_t i) { return i >= 512 && i < 612 ? 0 : Unique(i); };
+  for (std::size_t i = 0; i < memory.pages(); ++i) FillPage(memory.page(i), seed(i));
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  Set("run", 0);
+  EXPECT_EQ(ksmu_merge(memory.data(), memory.bytes()), 100);
+  EXPECT_EQ(Get("ksm_zero_pages"), 100);
+  EXPECT_EQ(memory.HugeSegments(), kSegments - 1);
+  for (std::size_t i = 0; i < memory.pages(); ++i) {
+    ASSERT_TRUE(PageIs(memory.page(i), seed(i))) << "page " << i;
+  }
+}
+
+KSMU_ISOLATED_TEST(Huge, WithoutSamplingAllAreSplit, 60) {
+  HugeMemory memory;
+  SKIP_WITHOUT_HUGE_PAGES(memory);
+  const auto seed = [](std::size_t i) { return i == 5 || i == 700 ? 7 : Unique(i); };
+  for (std::size_t i = 0; i < memory.pages(); ++i) FillPage(memory.page(i), seed(i));
+  Set("run", 0);
+  Set("thp_min_duplicates", 1);
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  EXPECT_EQ(ksmu_merge(memory.data(), memory.bytes()), 2);
+  EXPECT_LE(memory.HugeSegments(), kSegments - 2);
+  for (std::size_t i = 0; i < memory.pages(); ++i) {
+    ASSERT_TRUE(PageIs(memory.page(i), seed(i))) << "page " << i;
+  }
+}
+
+// Discarding, unmapping and unadvising memory that is being sampled.
+KSMU_ISOLATED_TEST(Huge, SampledMemoryCanGoAway, 60) {
+  HugeMemory memory;
+  SKIP_WITHOUT_HUGE_PAGES(memory);
+  for (std::size_t i = 0; i < memory.pages(); ++i) FillPage(memory.page(i), Unique(i));
+  Flat();
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  WaitUntil([&] { return Get("unmerged_huge") == static_cast<std::int64_t>(memory.pages()); }, 20);
+  ASSERT_EQ(madvise(memory.data(), kHuge, MADV_DONTNEED), 0);
+  for (std::size_t i = 0; i < 512; ++i) ASSERT_TRUE(PageIs(memory.page(i), 0)) << "page " << i;
+  ASSERT_OK(ksmu_advise(memory.data() + kHuge, kHuge, KSMU_UNMERGEABLE));
+  EXPECT_LE(Get("unmerged_huge"), static_cast<std::int64_t>(memory.pages() - 512));
+  EXPECT_TRUE(Balanced(ReadStats()));
+  for (std::size_t i = 512; i < memory.pages(); ++i) ASSERT_TRUE(PageIs(memory.page(i), Unique(i))) << "page " << i;
+}
+
+// KSM's advisor: pages_to_scan follows what is tracked.
+KSMU_ISOLATED_TEST(Pacing, ScanTimeAdvisor, 60) {
+  Memory memory(20'000);
+  FillPages(memory, Unique);
+  Set("sleep_millisecs", 10);
+  Set("advisor_min_pages_to_scan", 100);
+  Set("advisor_target_scan_time", 1);
+  EXPECT_EQ(Get("pages_to_scan"), 0);
+  Set("advisor_mode", 1);
+  EXPECT_ERRNO(EINVAL, ksmu_set("pages_to_scan", 50));
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  // 20,000 pages in a second, 100 batches a second.
+  EXPECT_TRUE(WaitUntil([] { return Get("pages_to_scan") == 200; }, 20)) << Get("pages_to_scan");
+  Set("advisor_max_pages_to_scan", 150);
+  EXPECT_TRUE(WaitUntil([] { return Get("pages_to_scan") == 150; }, 20)) << Get("pages_to_scan");
+  Set("advisor_mode", 0);
+  EXPECT_EQ(Get("pages_to_scan"), 0);
+  EXPECT_OK(ksmu_set("pages_to_scan", 50));
+  EXPECT_EQ(Get("pages_to_scan"), 50);
+}
+
+}  // namespace
+}  // namespace ksmu::test
