@@ -486,16 +486,16 @@ void Runtime::ScannerLoop() {
 // KSM's scan-time advisor: a batch of such a size that all tracked pages pass in the target time, within its bounds. KSM
 // approaches it pass by pass from how long the last one took; here the sizes are known.
 std::int64_t Runtime::AdvisePages() const {
-  const auto read = [](const std::atomic<std::int64_t>& value) { return value.load(std::memory_order_relaxed); };
+  const auto value_of = [](const std::atomic<std::int64_t>& value) { return value.load(std::memory_order_relaxed); };
   std::int64_t tracked = 0;
   const CounterValues counters = engine_->counters().Read();
   for (PageState state : {PageState::kFresh, PageState::kStill, PageState::kMerged, PageState::kBroken, PageState::kZero,
                           PageState::kUnmerged}) {
     tracked += counters.in(state);
   }
-  const std::int64_t least = read(settings_.advisor_min_pages_to_scan), most = read(settings_.advisor_max_pages_to_scan);
-  const std::int64_t target_ms = read(settings_.advisor_target_scan_time) * 1000;
-  const auto wanted = static_cast<double>(tracked) * static_cast<double>(read(settings_.sleep_millisecs)) /
+  const std::int64_t least = value_of(settings_.advisor_min_pages_to_scan), most = value_of(settings_.advisor_max_pages_to_scan);
+  const std::int64_t target_ms = value_of(settings_.advisor_target_scan_time) * 1000;
+  const auto wanted = static_cast<double>(tracked) * static_cast<double>(value_of(settings_.sleep_millisecs)) /
                       static_cast<double>(target_ms);
   return std::max(least, std::min(most, static_cast<std::int64_t>(wanted)));
 }
