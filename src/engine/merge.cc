@@ -302,10 +302,10 @@ bool Engine::AttachFast(const Region& region, Span run, Frame first, const os::A
     if (filled.error == -EAGAIN) gate_.Drain(), system_.Yield();
     else if (filled.error) done += page_;  // mapped already, or left to a MINOR fault
   }
-  KSMU_TEST_POINT("merge.protected", run.start, run.bytes);
+  KSMU_TEST_POINT("merge.filled", run.start, run.bytes);
   // Somebody came between the mapping and the registration: a reader has an unprotected frame, a writer its own copy.
   while (mapped_already && system_.WriteProtect(breaker, run, true) == -EAGAIN) gate_.Drain(), system_.Yield();
-  KSMU_TEST_POINT("merge.filled", run.start, run.bytes);
+  KSMU_TEST_POINT("merge.protected", run.start, run.bytes);
   return true;
 }
 
