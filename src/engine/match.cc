@@ -88,10 +88,14 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
     DropZeroRun(region, zeros_[i], end - i);
     i = end;
   }
+  // Each exact attach waits until the event thread has read its event.
+  const bool near = !region.promise && plan_size_ + twins_size_ > kMaxRunPages / 16;
+  if (near) system_.KeepEventThreadNear(true);
   MergePlanned(plan_, plan_size_);
   std::sort(twins_, twins_ + twins_size_, [](const Planned& a, const Planned& b) { return a.page < b.page; });
   MergePlanned(twins_, twins_size_);
   gate_.FlushStaging();
+  if (near) system_.KeepEventThreadNear(false);
   return read;
 }
 

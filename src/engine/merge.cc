@@ -472,7 +472,11 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
     i += attached;
     if (attached == n) continue;
     if (attached < equal) {  // the attach itself was refused
-      leave_run(equal, -EPERM);
+      if (ours) {
+        leave_run(equal, -EPERM);
+      } else {  // a discard is under way, or the mapping is not what it was
+        for (std::size_t k = 0; k < equal; ++k) LookAgain(at + k * page_);
+      }
       i += equal;
     } else if (equal < got) {  // written since it was looked up: another content
       const Page known = table_.Load(start + i * page_);

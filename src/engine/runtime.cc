@@ -143,6 +143,7 @@ void* Runtime::EventMain(void* self) {
   os::NameThisThread("ksmu-event");
   os::SetThisThreadNice(kEventNice);
   runtime.system_->RegisterOwnThread(os::CurrentThread());
+  runtime.system_->RegisterEventThread();
   std::array<os::Context, ChildList::kMaxChildren + 2> contexts;
   while (!runtime.end_events_.load(std::memory_order_acquire)) {
     const std::size_t n = runtime.engine_->EventContexts(contexts.data(), contexts.size());

@@ -507,6 +507,23 @@ std::uint64_t LinuxSystem::NowNanoseconds() { return ReadClock(CLOCK_MONOTONIC);
 
 std::uint64_t LinuxSystem::ThreadCpuNanoseconds() { return ReadClock(CLOCK_THREAD_CPUTIME_ID); }
 
+void LinuxSystem::RegisterEventThread() {
+  if (sched_getaffinity(0, sizeof event_cpus_, &event_cpus_) != 0) return;
+  event_thread_.store(CurrentThread(), std::memory_order_release);
+}
+
+void LinuxSystem::KeepEventThreadNear(bool near) {
+  const int thread = event_thread_.load(std::memory_order_acquire);
+  const int cpu = near ? sched_getcpu() : -1;
+  if (!thread || cpu == event_cpu_) return;
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  if (cpu >= 0 && cpu < CPU_SETSIZE && CPU_ISSET(cpu, &event_cpus_)) CPU_SET(cpu, &one);
+  else if (cpu >= 0) return;
+  sched_setaffinity(thread, sizeof one, cpu >= 0 ? &one : &event_cpus_);
+  event_cpu_ = cpu;
+}
+
 void LinuxSystem::Yield() { sched_yield(); }
 
 // --- waiting -------------------------------------------------------------------------------------------------------

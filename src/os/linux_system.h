@@ -1,6 +1,8 @@
 // The contract of os.h on Linux (6.8 and later).
 #pragma once
 
+#include <sched.h>
+
 #include <atomic>
 #include <cerrno>
 #include <cstddef>
@@ -43,6 +45,8 @@ class LinuxSystem final : public System {
 
   // The library's own threads are told apart from the program's by their ids. Each registers itself first of all.
   bool RegisterOwnThread(int thread) { return own_threads_.Add(thread); }
+  // The calling thread is the one that waits in WaitEvents.
+  void RegisterEventThread();
   void ForgetOwnThread(int thread) { own_threads_.Remove(thread); }
 
   const Refusals& refusals() const { return refusals_; }
@@ -99,6 +103,7 @@ class LinuxSystem final : public System {
   std::uint64_t AvailableMemory() override;
   std::uint64_t NowNanoseconds() override;
   std::uint64_t ThreadCpuNanoseconds() override;
+  void KeepEventThreadNear(bool near) override;
   void Yield() override;
 
   void WaitEvents(const Context* contexts, std::size_t count, int timeout_ms) override;
@@ -137,6 +142,9 @@ class LinuxSystem final : public System {
   OwnThreads own_threads_;
   PinPolicy pins_;
   Refusals refusals_;
+  std::atomic<int> event_thread_{0};
+  cpu_set_t event_cpus_{};  // where it may run; written before event_thread_
+  int event_cpu_ = -1;      // where it is kept; scanner
   std::atomic<std::uint32_t> given_up_{0};
   Address idle_page_ = 0;  // registered with nothing, for ever
 

@@ -245,6 +245,9 @@ class System {
   virtual std::uint64_t AvailableMemory() = 0;
   virtual std::uint64_t NowNanoseconds() = 0;        // monotonic
   virtual std::uint64_t ThreadCpuNanoseconds() = 0;  // of the calling thread
+  // While `near`, the thread that waits in WaitEvents runs on the CPU on which this one is running now: a call that waits
+  // for it to read an event then costs a switch of threads, not the waking of another CPU. Best effort.
+  virtual void KeepEventThreadNear(bool near) { (void)near; }
   // One look at the state of the CPU before a call is repeated: gives way to whoever has to act first.
   virtual void Yield() = 0;
 
