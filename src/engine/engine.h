@@ -150,6 +150,7 @@ class Engine {
 
   // sweep.cc
   std::size_t Sweep(const Region& region, Address from, Address to, bool now, Address* swept_to);
+  Address QuietUntil(const Region& region, Address from);
   std::size_t SweepPart(const Region& region, Address segment, std::size_t low, std::size_t high, const Bitmaps& bits,
                         bool now);
   void ConfirmBreaks(Span span);
