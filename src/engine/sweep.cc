@@ -13,7 +13,7 @@ constexpr std::size_t kRuns = 1024;
 constexpr std::uint32_t kAuditEvery = 64;                   // passes
 constexpr std::uint8_t kMaxBackoff = 6;
 constexpr std::size_t kQuietBytes = std::size_t{256} << 20;
-constexpr std::uint32_t kLookEvery = 16;                    // passes
+constexpr std::uint32_t kLookEvery = 32;                    // passes
 constexpr std::uint64_t kReclaimRetryNs = 100'000'000;
 constexpr std::uint64_t kAuditReleasedNs = 1'000'000'000;
 
@@ -129,10 +129,15 @@ Address Engine::QuietUntil(const Region& region, Address from) {
     if (segment->unsettled || segment->wait || segment->huge == Segment::kSampling) limit = std::max(from, segment->start);
   }
   if (limit <= from) return from;
+  // Written alone is cheaper still, but holes count as written where memory is populated in parts.
   os::ScanRequest request;
-  request.required = request.returned = os::kPresent | os::kWritten;
+  request.required = request.returned = os::kWritten;
   os::PageRun written;
-  const os::ScanResult scan = system_.Scan({from, limit - from}, request, &written, 1);
+  os::ScanResult scan = system_.Scan({from, limit - from}, request, &written, 1);
+  if (!scan.error && scan.runs) {
+    request.required = request.returned = os::kPresent | os::kWritten;
+    scan = system_.Scan({from, limit - from}, request, &written, 1);
+  }
   if (scan.error) return from;
   if (scan.runs) return std::max(from, written.start & ~(kSegmentBytes - 1));
   return std::min(limit, scan.walked_to);
