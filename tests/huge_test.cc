@@ -30,6 +30,18 @@ class HugeMemory {
   std::size_t bytes() const { return kSegments * kHuge; }
   std::size_t pages() const { return bytes() / PageSize(); }
   char* page(std::size_t i) const { return data_ + i * PageSize(); }
+  // Page i has content seed_of(i).
+  template <typename SeedOf>
+  void Fill(SeedOf seed_of) const {
+    for (std::size_t i = 0; i < pages(); ++i) FillPage(page(i), seed_of(i));
+  }
+  template <typename SeedOf>
+  ::testing::AssertionResult Has(SeedOf seed_of) const {
+    for (std::size_t i = 0; i < pages(); ++i) {
+      if (auto right = PageIs(page(i), seed_of(i)); !right) return right << ", page " << i;
+    }
+    return ::testing::AssertionSuccess();
+  }
   // Of all the process: the library's own huge page comes and goes, so it is asked for in segments of ours.
   std::size_t HugeSegments() const {
     std::size_t huge = 0;
@@ -52,9 +64,7 @@ void Flat() {
 
 #define SKIP_WITHOUT_HUGE_PAGES(memory)                                                                        \
   do {                                                                                                         \
-    ksmu_stats starts;                                                                                         \
     ASSERT_OK(ksmu_start(nullptr, 0));                                                                         \
-    ASSERT_OK(ksmu_read_stats(&starts, sizeof starts));                                                        \
     if ((memory).HugeSegments() != kSegments) GTEST_SKIP() << "the system gives no transparent huge pages here"; \
   } while (false)
 
@@ -65,7 +75,7 @@ std::uint64_t Half(std::size_t i) { return i % 2 == 0 ? 10 + (i * 7 + i / 512) %
 KSMU_ISOLATED_TEST(Huge, NothingToMergeStaysHuge, 60) {
   HugeMemory memory;
   SKIP_WITHOUT_HUGE_PAGES(memory);
-  for (std::size_t i = 0; i < memory.pages(); ++i) FillPage(memory.page(i), Unique(i));
+  memory.Fill(Unique);
   Flat();
   ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
   WaitUntil([&] { return Get("unmerged_huge") == static_cast<std::int64_t>(memory.pages()); }, 20);
@@ -79,24 +89,20 @@ KSMU_ISOLATED_TEST(Huge, NothingToMergeStaysHuge, 60) {
   // Written, they stay huge: nothing is armed.
   for (std::size_t i = 0; i < memory.pages(); i += 3) FillPage(memory.page(i), Unique(i));
   EXPECT_EQ(memory.HugeSegments(), kSegments);
-  for (std::size_t i = 0; i < memory.pages(); ++i) {
-    ASSERT_TRUE(PageIs(memory.page(i), Unique(i))) << "page " << i;
-  }
+  ASSERT_TRUE(memory.Has(Unique));
 }
 
 KSMU_ISOLATED_TEST(Huge, WhatIsWorthItIsSplit, 60) {
   HugeMemory memory;
   SKIP_WITHOUT_HUGE_PAGES(memory);
-  for (std::size_t i = 0; i < memory.pages(); ++i) FillPage(memory.page(i), Half(i));
+  memory.Fill(Half);
   Flat();
   ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
   WaitUntil([&] { return Get("pages_merged") >= static_cast<std::int64_t>(memory.pages() / 2 - 16); }, 40);
   EXPECT_GE(Get("pages_merged"), static_cast<std::int64_t>(memory.pages() / 2 - 16));
   EXPECT_EQ(memory.HugeSegments(), 0u);
   EXPECT_TRUE(Balanced(ReadStats()));
-  for (std::size_t i = 0; i < memory.pages(); ++i) {
-    ASSERT_TRUE(PageIs(memory.page(i), Half(i))) << "page " << i;
-  }
+  ASSERT_TRUE(memory.Has(Half));
 }
 
 KSMU_ISOLATED_TEST(Huge, ZerosCountAsWorthIt, 60) {
@@ -104,37 +110,33 @@ KSMU_ISOLATED_TEST(Huge, ZerosCountAsWorthIt, 60) {
   SKIP_WITHOUT_HUGE_PAGES(memory);
   // One segment of eight has 100 zero pages.
   const auto seed = [](std::size_t i) { return i >= 512 && i < 612 ? 0 : Unique(i); };
-  for (std::size_t i = 0; i < memory.pages(); ++i) FillPage(memory.page(i), seed(i));
+  memory.Fill(seed);
   ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
   Set("run", 0);
   EXPECT_EQ(ksmu_merge(memory.data(), memory.bytes()), 100);
   EXPECT_EQ(Get("ksm_zero_pages"), 100);
   EXPECT_EQ(memory.HugeSegments(), kSegments - 1);
-  for (std::size_t i = 0; i < memory.pages(); ++i) {
-    ASSERT_TRUE(PageIs(memory.page(i), seed(i))) << "page " << i;
-  }
+  ASSERT_TRUE(memory.Has(seed));
 }
 
 KSMU_ISOLATED_TEST(Huge, WithoutSamplingAllAreSplit, 60) {
   HugeMemory memory;
   SKIP_WITHOUT_HUGE_PAGES(memory);
   const auto seed = [](std::size_t i) { return i == 5 || i == 700 ? 7 : Unique(i); };
-  for (std::size_t i = 0; i < memory.pages(); ++i) FillPage(memory.page(i), seed(i));
+  memory.Fill(seed);
   Set("run", 0);
   Set("thp_min_duplicates", 1);
   ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
   EXPECT_EQ(ksmu_merge(memory.data(), memory.bytes()), 2);
   EXPECT_LE(memory.HugeSegments(), kSegments - 2);
-  for (std::size_t i = 0; i < memory.pages(); ++i) {
-    ASSERT_TRUE(PageIs(memory.page(i), seed(i))) << "page " << i;
-  }
+  ASSERT_TRUE(memory.Has(seed));
 }
 
 // Discarding, unmapping and unadvising memory that is being sampled.
 KSMU_ISOLATED_TEST(Huge, SampledMemoryCanGoAway, 60) {
   HugeMemory memory;
   SKIP_WITHOUT_HUGE_PAGES(memory);
-  for (std::size_t i = 0; i < memory.pages(); ++i) FillPage(memory.page(i), Unique(i));
+  memory.Fill(Unique);
   Flat();
   ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
   WaitUntil([&] { return Get("unmerged_huge") == static_cast<std::int64_t>(memory.pages()); }, 20);

@@ -94,27 +94,23 @@ bool Reset() {
   return Write("run", "0") && Read("pages_shared") == 0;
 }
 
-bool SetFlatOut(uint64_t pages) {
+namespace {
+// What is the same in both.
+bool SetPace(const std::string& sleep_millisecs, const std::string& pages) {
   return SetAll({{"advisor_mode", "none"},
                  {"max_page_sharing", "256"},
                  {"use_zero_pages", "1"},
                  {"smart_scan", "1"},
                  {"merge_across_nodes", "1"},
                  {"stable_node_chains_prune_millisecs", "2000"},
-                 {"sleep_millisecs", "0"},
-                 {"pages_to_scan", std::to_string(pages)}});
+                 {"sleep_millisecs", sleep_millisecs},
+                 {"pages_to_scan", pages}});
 }
+}  // namespace
 
-bool SetDefaults() {
-  return SetAll({{"advisor_mode", "none"},
-                 {"max_page_sharing", "256"},
-                 {"use_zero_pages", "1"},
-                 {"smart_scan", "1"},
-                 {"merge_across_nodes", "1"},
-                 {"stable_node_chains_prune_millisecs", "2000"},
-                 {"sleep_millisecs", "20"},
-                 {"pages_to_scan", "100"}});
-}
+bool SetFlatOut(uint64_t pages) { return SetPace("0", std::to_string(pages)); }
+
+bool SetDefaults() { return SetPace("20", "100"); }
 
 bool Settings::Save(std::string* error) {
   DIR* directory = opendir(kDirectory);

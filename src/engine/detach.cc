@@ -144,8 +144,8 @@ void Engine::TendRun(const Region& region, Span run) {
   }
 }
 
-// Takes the pages of a run out of their place: accesses wait in the breaker until GiveBackHeld, or until the caller has
-// put something else there. All pages must be covering and known; false: nothing was changed.
+// Takes the pages of a run out of their place: accesses wait in the breaker until LetGo, by when the caller has put
+// something there. All pages must be covering and known; false: nothing was changed.
 bool Engine::TakeFromRun(Span run, PageState expected) {
   Address until = 0;
   const os::Attributes attributes = FindAttributes(run.start, &until);
@@ -257,8 +257,8 @@ void Engine::ReturnHeld(std::size_t i) {
       if ((error == -EAGAIN && attempt < kCopyTries) || error == -ENOMEM) continue;
     }
     // Neither breaker holds the place any more, or the page cannot be read, or a storm of discards leaves no instant for a
-    // copy: it goes back itself. Until it has there is no
-    // way out of here, nothing else keeps the bytes; unless the place is gone.
+    // copy: it goes back itself. Until it has there is no way out of here, nothing else keeps the bytes; unless the place
+    // is gone.
     os::Mapping mapping;
     const int unknown = system_.QueryMapping(a, &mapping);
     if (unknown == -ENOENT || (!unknown && !pool_.Shows(mapping, a, table_.Load(a).value()))) return;
@@ -315,12 +315,12 @@ std::size_t Engine::Remerge(Span run) {
   std::array<bool, kMaxRunPages> equal{};
   for (std::size_t i = 0; i < read; ++i) {
     const Frame frame = table_.Load(run.start + i * page_).value();
-    // Only what the program has written: an empty place would be read as the frame that the fault maps there.
     // Written since it was found ripe: somebody may have pinned it, and this very page has to go back.
     if (held_written_[i]) {
       MoveBackHeld(i);
       continue;
     }
+    // Only what the program has written: an empty place would be read as the frame that the fault maps there.
     equal[i] = IsPrivate(taken_to + i * page_, true) && pool_.Live(frame) && content::Equal(buffer_ + i * page_, pool_.Bytes(frame), page_);
   }
   KSMU_TEST_POINT("remerge.proved", run.start, run.bytes);
@@ -521,12 +521,16 @@ void Engine::NoteWritten(Span taken) {
 }
 
 // As IsPrivate, for a page that is about to be unmerged anyway: its protection mark, which would look like a page that is
-// swapped out where there is none, is taken away.
+// swapped out where there is none, is taken away. Where discards leave no instant for that, the answer is no.
 bool Engine::HasCopy(Address a) {
   if (IsPrivate(a)) return true;
   if (!IsPrivate(a, true)) return false;
   for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
-    while (system_.WriteProtect(breaker, {a, page_}, false) == -EAGAIN) system_.Yield();
+    const std::uint64_t until = Patience();
+    while (system_.WriteProtect(breaker, {a, page_}, false) == -EAGAIN) {
+      if (system_.NowNanoseconds() >= until) return false;
+      system_.Yield();
+    }
   }
   return IsPrivate(a, true);
 }

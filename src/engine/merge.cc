@@ -103,8 +103,6 @@ bool Engine::Unwaitable(Address page) const {
   return std::binary_search(unwaitable_.begin(), unwaitable_.end(), page);
 }
 
-// What must hold before a gate is shut on these pages. Every answer can be out of date a moment later; what then happens
-// is in docs/limits.md (raw mprotect) or is caught under the gate.
 // A discard was announced at a gate, and its page was not taken: the kernel zaps it at a moment of its own, when the
 // discarding thread runs next. Merged before that, the page would look like a frame that came back from swap, and show the
 // old bytes again. So it is left alone for longer than a thread that is about to run is ever kept waiting.
@@ -145,6 +143,8 @@ void Engine::LookAtPages(Address start, Address limit) {
   look_.scanned = {start, std::max(scan.error ? end : std::min(scan.walked_to, end), start + page_) - start};
 }
 
+// What must hold before a gate is shut on these pages. Every answer can be out of date a moment later; what then happens
+// is in docs/limits.md (raw mprotect) or is caught under the gate.
 std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes,
                         Reason* reason) {
   *reason = Reason::kFailed;
