@@ -22,6 +22,9 @@
 #include <exception>
 #include <fstream>
 #include <sstream>
+#include <vector>
+
+#include "os/pagemap.h"
 
 // Debian 12's headers are older than the kernels this runs on.
 #ifndef UFFD_FEATURE_WP_ASYNC
@@ -404,29 +407,44 @@ void FillPages(const Memory& memory, const std::function<std::uint64_t(std::size
                                        << ": " << PageIs(memory.page(first), seed_of(first)).message();
 }
 
+namespace {
+// Where PAGEMAP_SCAN says so; nothing where it is not to be had.
+std::size_t CountZeroPages(const void* start, std::size_t bytes) {
+  os::Pagemap pagemap;
+  if (pagemap.Open(PageSize()) != 0) return 0;
+  os::ScanRequest request;
+  request.required = request.returned = os::kPfnZero;
+  std::size_t pages = 0;
+  const os::Address end = reinterpret_cast<os::Address>(start) + bytes;
+  os::PageRun runs[64];
+  for (os::Address at = reinterpret_cast<os::Address>(start); at < end;) {
+    const os::ScanResult scan = pagemap.Scan({at, end - at}, request, runs, 64);
+    if (scan.error != 0 || scan.walked_to <= at) break;
+    for (std::size_t r = 0; r < scan.runs; ++r) pages += (runs[r].end - runs[r].start) / PageSize();
+    at = scan.walked_to;
+  }
+  pagemap.Close();
+  return pages;
+}
+}  // namespace
+
+bool KernelHasZeroPage() {
+  void* fresh = mmap(nullptr, PageSize(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (fresh == MAP_FAILED) return false;
+  const bool has = *static_cast<volatile char*>(fresh) == 0 && CountZeroPages(fresh, PageSize()) == 1;
+  munmap(fresh, PageSize());
+  return has;
+}
+
 std::size_t CountResident(const void* start, std::size_t bytes) {
-  // pagemap: bit 63 present, 62 swapped. The kernel's zero page is present, but nobody's memory: its frame number is the
-  // one that a fresh mapping shows after a read (frame numbers need CAP_SYS_ADMIN; without it nothing is subtracted).
-  // The marks that userfaultfd leaves behind where write-protected pages were discarded show as swapped too, on a device
-  // (the lowest five bits) that does not exist.
+  // pagemap: bit 63 present, 62 swapped. The kernel's zero page is present, but nobody's memory. The marks that userfaultfd
+  // leaves behind where write-protected pages were discarded show as swapped too, on a device (the lowest five bits) that
+  // does not exist.
   const std::string swaps = ReadFile("/proc/swaps");
   const auto lines = std::count(swaps.begin(), swaps.end(), '\n');
   const std::uint64_t swap_devices = lines > 1 ? static_cast<std::uint64_t>(lines - 1) : 0;
   const int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   if (fd < 0) return 0;
-  const auto entry = [&](const volatile char* page) {
-    std::uint64_t value = 0;
-    const off_t at = static_cast<off_t>(reinterpret_cast<std::uintptr_t>(page) / PageSize() * 8);
-    if (pread(fd, &value, 8, at) != 8) value = 0;
-    return value;
-  };
-  constexpr std::uint64_t kFrame = (std::uint64_t{1} << 55) - 1;
-  std::uint64_t zero_frame = 0;
-  void* fresh = mmap(nullptr, PageSize(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (fresh != MAP_FAILED) {
-    if (*static_cast<volatile char*>(fresh) == 0) zero_frame = entry(static_cast<char*>(fresh)) & kFrame;
-    munmap(fresh, PageSize());
-  }
   std::size_t resident = 0;
   std::vector<std::uint64_t> entries(4096);
   const std::size_t first = reinterpret_cast<std::uintptr_t>(start) / PageSize();
@@ -439,12 +457,12 @@ std::size_t CountResident(const void* start, std::size_t bytes) {
     for (std::size_t k = 0; k < n; ++k) {
       const bool swapped = ((entries[k] >> 62) & 1) != 0 && (entries[k] & 31) < swap_devices;
       const bool present = (entries[k] >> 63) & 1;
-      if (swapped || (present && (zero_frame == 0 || (entries[k] & kFrame) != zero_frame))) ++resident;
+      if (swapped || present) ++resident;
     }
     i += n;
   }
   close(fd);
-  return resident;
+  return resident - std::min(resident, CountZeroPages(start, bytes));
 }
 
 std::string ReadFile(const std::string& path) {

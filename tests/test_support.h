@@ -122,6 +122,9 @@ void FillPages(const Memory& memory, const std::function<std::uint64_t(std::size
 
 // Pages of the range that the kernel holds for the process, by pagemap: present or swapped, without the zero page.
 std::size_t CountResident(const void* start, std::size_t bytes);
+// False where the kernel has no shared zero page for anonymous memory (s390 with storage keys, some virtual machines): there
+// reading memory that was never touched takes memory.
+bool KernelHasZeroPage();
 // Fields of smaps_rollup and status, in bytes; -1 if unreadable.
 std::int64_t ReadPss();
 std::int64_t ReadStatusKilobytes(const char* field);
