@@ -65,6 +65,13 @@ class Frames : public ::testing::Test {
     return forgotten;
   }
 
+  // The new numbers of the epochs and of their end; empty: none has been forgotten.
+  std::vector<int> Refresh() {
+    const std::size_t end = forks->end();
+    ForkWatch::Epoch numbers[ForkWatch::kMaxEpochs + 1];
+    return forks->Refresh(numbers) ? std::vector<int>(numbers, numbers + end + 1) : std::vector<int>{};
+  }
+
   os::FakeSystem sys;
   os::ThreadId thread = -1;
   std::optional<ForkWatch> forks;
@@ -246,6 +253,133 @@ TEST_F(PoolTest, APlaceIsNotReusedThatAChildMayMap) {
   EXPECT_EQ(pool->in_use(), 0u);
 }
 
+// A server whose children overlap: there is always one, and what no living child can map is given back all the same.
+TEST_F(PoolTest, ChildrenWithoutAGapDoNotKeepWhatIsOlderThanThey) {
+  os::ProcessId last = Fork();
+  std::vector<Frame> covered;
+  std::size_t most_live = 0, most_in_use = 0;
+  for (int generation = 0; generation < 1000; ++generation) {
+    const Frame f = Publish(generation);
+    pool->Share(f);
+    pool->Cover(f);
+    const os::ProcessId child = Fork();
+    pool->Unshare(f);
+    covered.push_back(f);
+    if (covered.size() > 3) {  // broken pages lie over their frames for a while
+      pool->Uncover(covered.front());
+      covered.erase(covered.begin());
+    }
+    Reclaim();
+    sys.Exit(last);
+    last = child;
+    if (generation % 2) Reclaim();
+    most_live = std::max(most_live, pool->live());
+    most_in_use = std::max(most_in_use, pool->in_use());
+    ASSERT_LE(forks->end(), 8);
+  }
+  EXPECT_LE(most_live, 8u);
+  EXPECT_LE(most_in_use, 12u);
+  for (const Frame f : covered) pool->Uncover(f);
+  sys.Exit(last);
+  Reclaim();
+  EXPECT_EQ(pool->in_use(), 0u);
+}
+
+// The child that matters is not one of the epoch in which the frame became idle, nor of the one in which it was made.
+TEST_F(PoolTest, AnEarlyChildKeepsItsFramesThroughAllLaterEpochs) {
+  os::ProcessId last = Fork();
+  const Frame before = Publish(1), idle = Publish(2);
+  for (const Frame f : {before, idle}) pool->Share(f);
+  pool->Unshare(idle);
+  Reclaim();
+  const os::ProcessId early = Fork();
+  std::size_t most_in_use = 0;
+  for (int generation = 0; generation < 300; ++generation) {
+    const Frame f = Publish(3);
+    pool->Share(f);
+    const os::ProcessId child = Fork();
+    pool->Unshare(f);
+    Reclaim();
+    sys.Exit(last);
+    last = child;
+    if (generation == 100) pool->Unshare(before);
+    most_in_use = std::max(most_in_use, pool->in_use());
+    ASSERT_TRUE(pool->Live(before)) << generation;
+    ASSERT_EQ(pool->Bytes(before)[0], std::byte(1));
+    ASSERT_LE(forks->end(), 8);
+  }
+  EXPECT_LE(most_in_use, 12u) << "it keeps only what is older than it is";
+  sys.Exit(early);
+  Reclaim();
+  EXPECT_FALSE(pool->Live(before));
+  sys.Exit(last);
+  Reclaim();
+  EXPECT_EQ(pool->in_use(), 0u);
+}
+
+TEST_F(PoolTest, AFrameThatIsTakenUpAgainCountsAnew) {
+  for (const int how : {0, 1, 2}) {
+    SCOPED_TRACE(how);
+    const Frame a = Publish(1);
+    pool->Share(a);
+    const os::ProcessId first = Fork();
+    pool->Unshare(a);
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(Reclaim(), std::vector<Frame>{});
+    // Mapped again, and inherited by another child.
+    if (how == 0) pool->Share(a);
+    else if (how == 1) pool->Pin(a);
+    else pool->Cover(a), pool->Share(a);
+    const os::ProcessId second = Fork();
+    if (how == 1) pool->Unpin(a);
+    else pool->Unshare(a);
+    if (how == 2) pool->Uncover(a);
+    sys.Exit(first);
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(Reclaim(), std::vector<Frame>{}) << "the second child may map it";
+    sys.Exit(second);
+    EXPECT_EQ(Reclaim(), std::vector<Frame>{a});
+    EXPECT_EQ(pool->in_use(), 0u);
+  }
+}
+
+// Bytes wait for the children of the time in which somebody shared the frame, the place for those of the time in which
+// something covered it.
+TEST_F(PoolTest, BytesAndPlaceWaitForDifferentChildren) {
+  const Frame a = Publish(1);
+  pool->Share(a);
+  pool->Cover(a);
+  const os::ProcessId shares = Fork();
+  pool->Unshare(a);
+  for (int i = 0; i < 2; ++i) EXPECT_EQ(Reclaim(), std::vector<Frame>{});
+  const os::ProcessId covers = Fork();
+  sys.Exit(shares);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{a}) << "the child inherited what the program saw, not the frame";
+  pool->Uncover(a);
+  for (int i = 0; i < 2; ++i) Reclaim();
+  EXPECT_EQ(pool->in_use(), 1u);
+  const os::ProcessId neither = Fork();
+  Reclaim();
+  EXPECT_EQ(pool->in_use(), 1u);
+  sys.Exit(covers);
+  Reclaim();
+  EXPECT_EQ(pool->in_use(), 0u);
+  sys.Exit(neither);
+}
+
+// A discard is announced before it is done: a child forked a moment after the frame seems idle can have it.
+TEST_F(PoolTest, WhatHasToWaitWaitsForChildrenOfThatMomentToo) {
+  const Frame a = Publish(1);
+  pool->Share(a);
+  pool->Cover(a);
+  const os::ProcessId first = Fork();
+  pool->Unshare(a);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{});
+  const os::ProcessId second = Fork();
+  sys.Exit(first);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{});
+  sys.Exit(second);
+  EXPECT_EQ(Reclaim(), std::vector<Frame>{a});
+}
+
 TEST_F(PoolTest, APunchThatIsRefusedIsTriedAgain) {
   const Frame a = Publish(1);
   pool->Share(a);
@@ -334,52 +468,114 @@ TEST_F(PoolTest, KnowsItsOwnMappings) {
 
 using ForkWatchTest = Frames;
 
-TEST_F(ForkWatchTest, AnEpochEndsWithTheFirstForkInIt) {
-  EXPECT_EQ(forks->epoch(), 0);
-  EXPECT_TRUE(forks->NoChildSince(0));
-  EXPECT_EQ(forks->epoch(), 0) << "no child, no new epoch";
+TEST_F(ForkWatchTest, AClosedEpochTellsOfItsOwnChildrenAlone) {
+  EXPECT_FALSE(forks->HasChild());
+  EXPECT_EQ(Refresh(), std::vector<int>{}) << "the newest is never forgotten";
   const os::ProcessId first = Fork();
-  EXPECT_FALSE(forks->NoChildSince(0));
+  EXPECT_TRUE(forks->HasChild());
+  EXPECT_TRUE(forks->Begin());
   EXPECT_EQ(forks->epoch(), 1);
-  EXPECT_TRUE(forks->NoChildSince(1)) << "the child is older";
+  EXPECT_EQ(forks->end(), 2);
+  EXPECT_FALSE(forks->HasChild()) << "the child is older";
+  EXPECT_EQ(Refresh(), std::vector<int>{});
   const os::ProcessId second = Fork();
-  EXPECT_FALSE(forks->NoChildSince(1));
-  EXPECT_EQ(forks->epoch(), 2);
+  EXPECT_TRUE(forks->HasChild());
+  EXPECT_TRUE(forks->Begin());
+  EXPECT_EQ(Refresh(), std::vector<int>{});
   sys.Exit(first);
-  EXPECT_FALSE(forks->NoChildSince(0)) << "the second was forked after epoch 0 as well";
+  EXPECT_EQ(Refresh(), (std::vector<int>{0, 0, 1, 2})) << "the second is alive, and was forked after epoch 0 was closed";
+  EXPECT_EQ(forks->epoch(), 1);
   sys.Exit(second);
-  EXPECT_TRUE(forks->NoChildSince(0));
-  EXPECT_TRUE(forks->NoChildSince(1));
-  EXPECT_EQ(forks->epoch(), 2);
-  EXPECT_FALSE(forks->NoChildSince(3)) << "there is no such epoch";
-  const os::ProcessId third = Fork();
-  EXPECT_FALSE(forks->NoChildSince(2));
-  EXPECT_EQ(forks->epoch(), 3);
-  EXPECT_TRUE(forks->NoChildSince(3)) << "asked about before it began, and good all the same";
-  sys.Exit(third);
+  EXPECT_EQ(Refresh(), (std::vector<int>{0, 0, 1}));
+  EXPECT_EQ(forks->epoch(), 0);
+}
+
+TEST_F(ForkWatchTest, WhatIsForkedBeforeTheOldEpochIsClosedCountsForBoth) {
+  const os::ProcessId first = Fork();
+  EXPECT_TRUE(forks->Begin());
+  const os::ProcessId second = Fork();
+  EXPECT_TRUE(forks->HasChild());
+  sys.Exit(first);
+  EXPECT_EQ(Refresh(), std::vector<int>{});
+  sys.Exit(second);
+  EXPECT_FALSE(forks->HasChild());
+  EXPECT_EQ(Refresh(), (std::vector<int>{0, 0, 1}));
+}
+
+TEST_F(ForkWatchTest, AGrandchildCountsForItsParentsEpoch) {
+  const os::ProcessId child = Fork();
+  EXPECT_TRUE(forks->Begin());
+  EXPECT_EQ(Refresh(), std::vector<int>{});
+  const os::ProcessId grandchild = Fork(sys.AddThread(child));  // our advice is not on the child's mapping
+  sys.Exit(child);
+  EXPECT_EQ(Refresh(), std::vector<int>{});
+  EXPECT_FALSE(forks->HasChild());
+  sys.Exit(grandchild);
+  EXPECT_EQ(Refresh(), (std::vector<int>{0, 0, 1}));
+}
+
+TEST_F(ForkWatchTest, AForgottenEpochInTheMiddleLeavesTheOthersInTheirOrder) {
+  std::vector<os::ProcessId> children;
+  for (int i = 0; i < 4; ++i) {
+    children.push_back(Fork());
+    EXPECT_TRUE(forks->Begin());
+    EXPECT_EQ(Refresh(), std::vector<int>{});
+  }
+  sys.Exit(children[1]);
+  sys.Exit(children[2]);
+  EXPECT_EQ(Refresh(), (std::vector<int>{0, 1, 1, 1, 2, 3}));
+  sys.Exit(children[0]);
+  EXPECT_EQ(Refresh(), (std::vector<int>{0, 0, 1, 2}));
+  EXPECT_EQ(forks->epoch(), 1);
+}
+
+TEST_F(ForkWatchTest, AnEpochThatCannotBeClosedGoesOnBesideTheOthers) {
+  sys.hooks.before = [](os::FakeCall& call) { return std::string_view(call.name) == "ApplyAttributes" ? -ENOMEM : 0; };
+  const os::ProcessId first = Fork();
+  EXPECT_TRUE(forks->Begin());
+  EXPECT_EQ(Refresh(), std::vector<int>{});
+  const os::ProcessId second = Fork();
+  sys.Exit(first);
+  EXPECT_EQ(Refresh(), std::vector<int>{}) << "the second has its canary as well";
+  sys.Exit(second);
+  EXPECT_EQ(Refresh(), std::vector<int>{}) << "and the next child would have it";
+  sys.hooks.before = nullptr;
+  EXPECT_EQ(Refresh(), (std::vector<int>{0, 0, 1}));
 }
 
 TEST_F(ForkWatchTest, EpochsRunOutAndStaySafe) {
   std::vector<os::ProcessId> children;
   for (std::size_t i = 0; i < ForkWatch::kMaxEpochs + 5; ++i) {
     children.push_back(Fork());
-    EXPECT_FALSE(forks->NoChildSince(0));
+    EXPECT_TRUE(forks->HasChild());
+    EXPECT_EQ(forks->Begin(), i + 1 < ForkWatch::kMaxEpochs);
+    EXPECT_EQ(Refresh(), std::vector<int>{});
   }
-  const auto last = static_cast<std::uint16_t>(ForkWatch::kMaxEpochs - 1);
-  EXPECT_EQ(forks->epoch(), last);
-  EXPECT_FALSE(forks->NoChildSince(last));
+  EXPECT_EQ(forks->end(), ForkWatch::kMaxEpochs);
   for (std::size_t i = 0; i + 1 < children.size(); ++i) sys.Exit(children[i]);
-  EXPECT_FALSE(forks->NoChildSince(last)) << "the newest child is of the last epoch";
+  EXPECT_TRUE(forks->HasChild()) << "the newest child is of the last epoch";
+  EXPECT_FALSE(Refresh().empty());
+  EXPECT_EQ(forks->epoch(), 0) << "there is room again";
+  EXPECT_TRUE(forks->Begin());
   sys.Exit(children.back());
-  EXPECT_TRUE(forks->NoChildSince(last));
-  EXPECT_TRUE(forks->NoChildSince(0));
+  EXPECT_FALSE(Refresh().empty());
+  EXPECT_FALSE(forks->HasChild());
 }
 
 TEST_F(ForkWatchTest, WhatCannotBeAskedIsAChild) {
   sys.hooks.before = [](os::FakeCall& call) { return std::string_view(call.name) == "ReadSharing" ? -EPERM : 0; };
-  EXPECT_FALSE(forks->NoChildSince(0));
+  EXPECT_TRUE(forks->HasChild());
+  EXPECT_TRUE(forks->Begin());
+  EXPECT_EQ(Refresh(), std::vector<int>{});
   sys.hooks.before = nullptr;
-  EXPECT_TRUE(forks->NoChildSince(0)) << "and is asked again";
+  EXPECT_FALSE(forks->HasChild()) << "and is asked again";
+  EXPECT_EQ(Refresh(), (std::vector<int>{0, 0, 1}));
+}
+
+TEST_F(ForkWatchTest, NoNewEpochIsAnAnswer) {
+  sys.hooks.before = [](os::FakeCall& call) { return std::string_view(call.name) == "MapAnonymous" ? -ENOMEM : 0; };
+  EXPECT_FALSE(forks->Begin());
+  EXPECT_EQ(forks->epoch(), 0);
 }
 
 // A child's entry for a swapped page is not counted as a mapping: once a canary has been away it proves nothing any more.
@@ -388,14 +584,15 @@ TEST_F(ForkWatchTest, ACanaryThatHasBeenAwayIsNotBelieved) {
   sys.hooks.after = [&](const os::FakeCall& call) {
     if (std::string_view(call.name) == "ReadSharing" && !canary) canary = call.span.start;
   };
-  EXPECT_TRUE(forks->NoChildSince(0));
+  EXPECT_FALSE(forks->HasChild());
   ASSERT_NE(canary, 0u);
   ASSERT_EQ(sys.Discard({canary, kPage}), 0);
-  EXPECT_FALSE(forks->NoChildSince(0));
+  EXPECT_TRUE(forks->HasChild());
   *reinterpret_cast<volatile unsigned char*>(canary) = 1;  // there again, and exclusive
-  EXPECT_FALSE(forks->NoChildSince(0));
-  EXPECT_EQ(forks->epoch(), 1);
-  EXPECT_TRUE(forks->NoChildSince(1));
+  EXPECT_TRUE(forks->HasChild());
+  EXPECT_TRUE(forks->Begin());
+  EXPECT_FALSE(forks->HasChild());
+  EXPECT_EQ(Refresh(), std::vector<int>{}) << "nor is it forgotten";
 }
 
 // --- index -----------------------------------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ Frame Pool::Take(Frame f) {
   meta.covers = 0;
   meta.hash = 0;
   meta.next = kNoFrame;
-  meta.epoch = forks_.epoch();
+  meta.born = forks_.epoch();
+  meta.idle.store(kNotIdle, std::memory_order_relaxed);
   meta.state = kLive;
   ++live_;
   ++used_;
@@ -125,7 +126,9 @@ bool Pool::Shows(const os::Mapping& mapping, os::Address at, Frame f) const {
 }
 
 void Pool::Share(Frame f) {
-  if (Meta(f).sharers.fetch_add(1, std::memory_order_acq_rel) == 0) shared_.fetch_add(1, std::memory_order_relaxed);
+  FrameMeta& meta = Meta(f);
+  if (meta.sharers.fetch_add(1, std::memory_order_acq_rel) == 0) shared_.fetch_add(1, std::memory_order_relaxed);
+  TakeUp(meta);
 }
 
 void Pool::Unshare(Frame f) {
@@ -143,51 +146,64 @@ void Pool::Uncover(Frame f) {
   if (--Meta(f).covers == 0) idle_.fetch_add(1, std::memory_order_relaxed);
 }
 
+void Pool::Renumber(const ForkWatch::Epoch* numbers) {
+  for (std::size_t n = 0; n < file_count_; ++n) {
+    PoolFile& file = *files_[n];
+    for (FrameMeta* meta = file.meta; meta != file.meta + file.bump; ++meta) {
+      meta->born = numbers[meta->born];
+      const ForkWatch::Epoch idle = meta->idle.load(std::memory_order_relaxed);
+      if (idle != kNotIdle) meta->idle.store(numbers[idle], std::memory_order_relaxed);
+    }
+  }
+}
+
 std::size_t Pool::Reclaim(void (*forget)(void*, Frame), void* cookie) {
   if (!ReclaimDue()) return 0;
   idle_.store(0, std::memory_order_relaxed);
+  ForkWatch::Epoch numbers[ForkWatch::kMaxEpochs + 1];
+  if (forks_.Refresh(numbers)) Renumber(numbers);
+  const ForkWatch::Epoch newest = forks_.epoch(), end_of_all = forks_.end();
+  // All epochs but the newest have a child. Of the newest one answer serves the whole call for places, since what covers
+  // them changes on this thread alone; what shares a frame does not, and it is asked for again until there is a child.
+  const ForkWatch::Epoch end_for_places = forks_.HasChild() ? end_of_all : newest;
+  ForkWatch::Epoch end_for_bytes = end_for_places;
   std::size_t punched = 0;
-  bool waiting = false;
-  // One answer of the fork watch serves a whole call: it is asked after the last sharer was seen to be gone, and a child
-  // forked later cannot inherit what no mapping shows. Per epoch, remembered.
-  std::uint16_t asked_epoch = 0;
-  bool asked = false, answer = false;
-  std::array<bool, ForkWatch::kMaxEpochs> has_child{};  // a "no" is kept for the whole call, and one call asks once for it
-  auto no_child_since = [&](std::uint16_t epoch) {
-    if (has_child[epoch]) return false;
-    if (!asked || asked_epoch != epoch) {
-      asked = true;
-      asked_epoch = epoch;
-      answer = forks_.NoChildSince(epoch);
-      has_child[epoch] = !answer;
-    }
-    return answer;
+  bool waiting = false, waiting_for_newest = false;
+  const auto wait = [&](ForkWatch::Epoch end) {
+    waiting = true;
+    waiting_for_newest |= end == end_of_all;
   };
   for (std::size_t n = 0; n < file_count_; ++n) {
     PoolFile& file = *files_[n];
+    std::size_t asked_to = 0;  // idle frames up to here were found idle before the last answer
+    const auto may_punch = [&](FrameMeta& meta) {
+      ForkWatch::Epoch end = meta.idle.load(std::memory_order_relaxed);
+      if (end == kNotIdle) {
+        if (meta.born >= end_for_bytes) return true;
+        meta.uncovered = meta.covers == 0;
+        end = meta.uncovered ? end_for_bytes : end_of_all;
+        meta.idle.store(end, std::memory_order_relaxed);
+      }
+      if (meta.born < end) wait(end);
+      return meta.born >= end;
+    };
     for (std::size_t i = 0; i < file.bump;) {
       FrameMeta& meta = file.meta[i];
-      if (meta.state == kLive && meta.sharers.load(std::memory_order_acquire) == 0 &&
-          meta.pins.load(std::memory_order_acquire) == 0) {
-        asked = false;  // the sharers of these frames have gone since the last answer, perhaps
-        if (!no_child_since(meta.epoch)) {
-          waiting = true;
+      if (Idle(meta)) {
+        if (i >= asked_to) {
+          bool ask = false;
+          for (asked_to = i; asked_to < file.bump && Idle(file.meta[asked_to]); ++asked_to) {
+            ask |= file.meta[asked_to].idle.load(std::memory_order_relaxed) == kNotIdle;
+          }
+          if (ask && end_for_bytes != end_of_all && forks_.HasChild()) end_for_bytes = end_of_all;
+        }
+        if (!may_punch(meta)) {
           ++i;
           continue;
         }
         KSMU_TEST_POINT("reclaim.checked", i * page_size_, page_size_);
-        std::size_t end = i;
-        const std::uint16_t epoch = meta.epoch;
-        while (end < file.bump && file.meta[end].state == kLive && file.meta[end].epoch == epoch &&
-               file.meta[end].sharers.load(std::memory_order_acquire) == 0 &&
-               file.meta[end].pins.load(std::memory_order_acquire) == 0) {
-          ++end;
-        }
-        // The frames after the first were looked at after the answer: ask once more for all of them.
-        if (end > i + 1) {
-          asked = false;
-          if (!no_child_since(epoch)) end = i + 1;
-        }
+        std::size_t end = i + 1;
+        while (end < asked_to && may_punch(file.meta[end])) ++end;
         for (std::size_t k = i; k < end; ++k) forget(cookie, static_cast<Frame>(n * kFramesPerFile + k));
         if (system_.PunchFile(file.file, i * page_size_, (end - i) * page_size_) != 0) {
           // The bytes stay, and so does the memory; the place is not reused before it can be punched.
@@ -196,28 +212,31 @@ std::size_t Pool::Reclaim(void (*forget)(void*, Frame), void* cookie) {
           continue;
         }
         KSMU_TEST_POINT("reclaim.punched", i * page_size_, (end - i) * page_size_);
-        for (std::size_t k = i; k < end; ++k) file.meta[k].state = kPunched;
+        for (std::size_t k = i; k < end; ++k) {
+          file.meta[k].state = kPunched;
+          // The time that counts for the place was another one, unless nothing covered it then.
+          if (!file.meta[k].uncovered) TakeUp(file.meta[k]);
+        }
         punched += end - i;
         live_ -= end - i;
       }
-      if (meta.state == kPunched) {
-        if (meta.covers == 0) {
-          // Children that inherited the covering mapping were looked for before the punch; but the cover may have
-          // outlived it, and a fork since then shows the place to a child.
-          if (no_child_since(meta.epoch)) {
-            meta.state = kFree;
-            ++file.free[i / kChunk];
-            ++recycled_;
-            --used_;
-          } else {
-            waiting = true;
-          }
+      if (meta.state == kPunched && meta.covers == 0) {
+        ForkWatch::Epoch end = meta.idle.load(std::memory_order_relaxed);
+        if (end == kNotIdle) meta.idle.store(end = end_for_places, std::memory_order_relaxed);
+        if (meta.born >= end) {
+          meta.state = kFree;
+          ++file.free[i / kChunk];
+          ++recycled_;
+          --used_;
+        } else {
+          wait(end);
         }
       }
       ++i;
     }
   }
   if (waiting) idle_.fetch_add(1, std::memory_order_relaxed);
+  if (waiting_for_newest) forks_.Begin();
   return punched;
 }
 

@@ -4,6 +4,19 @@
 //
 // A frame's life: free -> live (written once, then immutable) -> punched (nobody shares it: its memory is given back, but
 // some mapping still covers its place) -> free. Punching and reuse both wait for forked children (fork_watch.h).
+//
+// Which children. Those forked before the frame was given out cannot map it: `born` is the epoch of that moment. Those
+// forked after it has become idle do not need it either, and `idle` is the end of the epochs that count; it is set when
+// Reclaim finds the frame idle, and forgotten when the frame is taken up again. Idle means two things:
+//   - For the bytes: no sharer and no pin. Pages may cover the frame still, and a child forked from now on inherits that
+//     mapping; but it inherits it with what the program saw in it, a private copy or a zero page. What such a child can be
+//     shown of the frame is what lies under a page that it discards, and there zeros are right, bytes are not: to punch is
+//     better for it than to wait.
+//   - For the place: no cover. A child forked while a mapping covered it shows whatever comes to lie in it, so the time
+//     counts up to the moment when the last mapping was gone. No later mapping can show it.
+// A page counts as a sharer no more when its discard is announced, which is an instant before the kernel discards it, and
+// a fork in that instant inherits the frame. Therefore the bytes of a frame that has to wait anyway wait for the children
+// of the whole epoch in which it was found idle, and the epoch is closed by a later Reclaim than the one that found it.
 #pragma once
 
 #include <array>
@@ -48,10 +61,18 @@ class Pool {
   void Share(Frame f);
   void Unshare(Frame f);
   // Keeps the bytes although nobody shares: a batch in hand, a break whose copy has not been seen, a released mapping.
-  void Pin(Frame f) { Meta(f).pins.fetch_add(1, std::memory_order_relaxed); }
+  void Pin(Frame f) {
+    FrameMeta& meta = Meta(f);
+    meta.pins.fetch_add(1, std::memory_order_relaxed);
+    TakeUp(meta);
+  }
   void Unpin(Frame f);
   // Pages in whose mapping the frame lies, whatever they show now. Keeps the place from being reused. Scanner only.
-  void Cover(Frame f) { ++Meta(f).covers; }
+  void Cover(Frame f) {
+    FrameMeta& meta = Meta(f);
+    ++meta.covers;
+    TakeUp(meta);
+  }
   void Uncover(Frame f);
 
   std::uint32_t hash(Frame f) const { return Meta(f).hash; }
@@ -78,9 +99,13 @@ class Pool {
     std::uint32_t covers;
     std::uint32_t hash;
     Frame next;
-    std::uint16_t epoch;
+    ForkWatch::Epoch born;               // the first epoch whose children may map it
+    std::atomic<ForkWatch::Epoch> idle;  // the end of these epochs, or kNotIdle
+    bool uncovered;                      // nothing covered it when `idle` was set, nor has anything since
     State state;
   };
+  static constexpr ForkWatch::Epoch kNotIdle = 0xff;
+  static_assert(ForkWatch::kMaxEpochs < kNotIdle);
   static constexpr std::size_t kFramesPerFile = 65536;  // 256 MiB of 4 KiB frames
   static constexpr std::size_t kMaxFiles = 4096;
   static constexpr std::size_t kChunk = 512;
@@ -95,6 +120,14 @@ class Pool {
 
   PoolFile& File(Frame f) const { return *files_[f / kFramesPerFile]; }
   FrameMeta& Meta(Frame f) const { return File(f).meta[f & (kFramesPerFile - 1)]; }
+  static void TakeUp(FrameMeta& meta) {
+    if (meta.idle.load(std::memory_order_relaxed) != kNotIdle) meta.idle.store(kNotIdle, std::memory_order_relaxed);
+  }
+  static bool Idle(const FrameMeta& meta) {
+    return meta.state == kLive && meta.sharers.load(std::memory_order_acquire) == 0 &&
+           meta.pins.load(std::memory_order_acquire) == 0;
+  }
+  void Renumber(const ForkWatch::Epoch* numbers);
   bool AddFile();
   bool Recycle();
   Frame Take(Frame f);
