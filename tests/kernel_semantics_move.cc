@@ -486,5 +486,41 @@ TEST_F(KernelRemap, FramesMappedInPlaceJoinTheirNeighbours) {
   mappings.Close();
 }
 
+// Anonymous memory comes back into the mapping that lies beside it: an empty mapping is moved into place under the breaker, a
+// page beside it goes under the breaker too, and the two are one before the first page is there. Filled on its own it would
+// have an anon_vma of its own, and stay apart for ever.
+TEST_F(KernelRemap, EmptyMappingMovedIntoPlaceJoinsWhatLiesBesideIt) {
+  Mappings mappings;
+  ASSERT_EQ(mappings.Open(), 0);
+  constexpr std::uint32_t kModes = kMissing | kWriteProtect;
+  for (const bool joined : {true, false}) {
+    Uffd breaker(kBreakerFeatures), tracker(kTrackerFeatures);
+    EventReader reader(breaker);
+    Memory target(6), source(2), landing(2);
+    target.Fill();
+    ASSERT_EQ(tracker.Register(target.all(), kWriteProtect), 0);
+    ASSERT_EQ(breaker.Register(landing.all(), kModes), 0);
+    std::uintptr_t moved = 0;
+    ASSERT_EQ(raw::Mremap(landing.at(0), 2 * kPage, MREMAP_MAYMOVE | MREMAP_FIXED, target.at(2), &moved), 0);
+    if (joined) {
+      ASSERT_EQ(uffd::Unregister(tracker.fd(), target.span(1, 1)), 0);
+      ASSERT_EQ(breaker.Register(target.span(1, 1), kModes), 0);
+      Mapping mapping;
+      ASSERT_EQ(mappings.Query(target.at(1), &mapping), 0);
+      EXPECT_EQ(mapping.end - mapping.start, 3 * kPage);
+    }
+    source.Fill();
+    ASSERT_EQ(uffd::Copy(breaker.fd(), target.at(2), source.Pointer(0), 2 * kPage, true).error, 0);
+    const Span held = joined ? target.span(1, 3) : target.span(2, 2);
+    ASSERT_EQ(uffd::Unregister(breaker.fd(), held), 0);
+    ASSERT_EQ(tracker.Register(held, kWriteProtect), 0);
+    EXPECT_EQ(target.Word(2), source.Word(0));
+    Mapping mapping;
+    ASSERT_EQ(mappings.Query(target.at(2), &mapping), 0);
+    EXPECT_EQ(mapping.end - mapping.start, (joined ? 6 : 2) * kPage);
+  }
+  mappings.Close();
+}
+
 }  // namespace
 }  // namespace ksmu::os

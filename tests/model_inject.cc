@@ -36,6 +36,7 @@ constexpr Failure kFailures[] = {
     {"ApplyAttributes", ENOMEM, false},
     {"MapFrames", ENOMEM, false},
     {"MapAnonymous", ENOMEM, false},
+    {"MapApart", ENOMEM, false},
     {"MoveMapping", ENOMEM, false},
     {"MoveMapping", EPERM, false},
     {"TakePages", ENOMEM, false},

@@ -129,7 +129,7 @@ TEST(Model, RefusedCalls) {
   for (const char* call :
        {"Register",      "Unregister",      "WriteProtect", "WriteUnprotect", "Continue",    "Move",
         "Copy",          "ZeroPage",        "Scan",         "ReadSharing",    "ReadProgram", "Discard",
-        "PopulateWrite", "ApplyAttributes", "QueryMapping", "ReadAttributes", "MapFrames",   "MapAnonymous",
+        "PopulateWrite", "ApplyAttributes", "QueryMapping", "ReadAttributes", "MapFrames",   "MapAnonymous", "MapApart",
         "MoveMapping",   "TakePages",       "Unmap",        "Protect",        "CreateFile",  "WriteFile",
         "PunchFile",     "MapFile"}) {
     int failures = 0;

@@ -178,7 +178,8 @@ const std::vector<Scenario>& Scenarios() {
        DriveMerge, nullptr, false},
       {"remerge", {"remerge.begin", "remerge.taken", "remerge.proved", "remerge.continued", "remerge.opened"},
        MergeAndBreak, DriveScanner, NotSync, true},
-      {"detach", {"detach.begin", "detach.taken", "detach.copied", "detach.replaced", "detach.tracked", "detach.opened"},
+      {"detach", {"detach.begin", "detach.taken", "detach.copied", "detach.replaced", "detach.beside", "detach.filled",
+        "detach.left", "detach.tracked", "detach.opened"},
        MergeAndChange, DriveScanner, NotSync, true},
       {"unadvise", {"unmerge.begin", "unmerge.populated", "unmerge.booked"}, MergeAll, DriveUnadvise, nullptr, true},
       {"unmerge_all", {"unmerge.begin", "unmerge.populated", "unmerge.booked"}, MergeAll, DriveUnmergeAll, nullptr, false},
@@ -195,7 +196,8 @@ bool GateIsShutAt(const std::string& point) {
                            "merge.registered", "merge.protected", "merge.filled", "merge.drained", "merge.dropped",
                            "merge.booked", "zero.shut", "zero.taken", "zero.proved", "zero.dropped", "zero.tracked",
                            "undo.begin", "undo.moved", "undo.tracked", "remerge.taken", "remerge.proved",
-                           "remerge.continued", "detach.taken", "detach.copied", "detach.replaced", "detach.tracked"}) {
+                           "remerge.continued", "detach.taken", "detach.copied", "detach.replaced",
+                           "detach.beside", "detach.filled", "detach.left", "detach.tracked"}) {
     if (point == shut) return true;
   }
   return false;

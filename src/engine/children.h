@@ -35,7 +35,7 @@ class DiscardSet {
 struct Child {
   os::Context context = -1;
   bool sync = false;
-  bool before_move = false;  // forked while the scanner was taking pages out, before that was known
+  bool before_settled = false;  // forked while the scanner was taking pages out: it waits for those until it is served
   DiscardSet discards;
 };
 

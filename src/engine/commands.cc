@@ -190,7 +190,8 @@ int Engine::UnmergeRun(const Region& region, Span run) {
     return error ? error : UnmergeRun(region, {mapping.end, run.bytes - bytes});
   }
   KSMU_TEST_POINT("unmerge.begin", run.start, run.bytes);
-  if (Detach(region, run, PageState::kMerged) == 0) {
+  // With few mappings left the copies are made in place, which needs none.
+  if (LeavesMappings(kUnmergingLeaves) && Detach(region, run, PageState::kMerged) == 0) {
     KSMU_TEST_POINT("unmerge.populated", run.start, run.bytes);
     for (Address a = run.start; a < run.end(); a += page_) {
       if (!table_.Load(a).covers()) Set(a, Page());
@@ -236,6 +237,7 @@ int Engine::UnmergeRun(const Region& region, Span run) {
 
 // Un-merges what is merged in the span, and forgets what is known of the rest. The regions stay as they are.
 int Engine::UnmergeRange(const Region& region, Span span) {
+  CountMappings(true);
   std::uint64_t allowance = 0;
   for (Segment* segment = table_.NextSegment(span.start); segment && segment->start < span.end();
        segment = table_.NextSegment(segment->start + kSegmentBytes)) {
@@ -401,6 +403,7 @@ void Engine::SettlePins() {
 void Engine::DetachEverything() {
   const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));
   const bool no_pins = system_.NoLongTermPins();
+  CountMappings(true);
   const std::uint32_t now = NowSeconds();
   auto may = [&](Address a) {
     const Page page = table_.Load(a);
@@ -426,7 +429,8 @@ void Engine::DetachEverything() {
         end += page_;
       }
       const Region* region = regions_.Find(a);
-      if (region && region->kind != Region::kReleased && system_.AvailableMemory() > kMemoryReserve) {
+      if (region && region->kind != Region::kReleased && LeavesMappings(kUnmergingLeaves) &&
+          system_.AvailableMemory() > kMemoryReserve) {
         const Region copy = *region;
         Detach(copy, {a, end - a}, first.state());
       }
@@ -547,7 +551,7 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   const std::int64_t before = done();
   ApplyMoves();
   gate_.Repair();
-  if (system_.NowNanoseconds() > mappings_until_) mappings_at_pass_ = 0;
+  CountMappings(true);
   if (attributes_cost_ < kCheapAttributes || !not_read_.empty()) attributes_until_ = 0;
   // Pages that went back to anonymous memory on the way are merged by another round.
   std::int64_t detached = -1;

@@ -7,9 +7,10 @@
 // meet a merge in hand.
 //
 //   sweep.cc    which pages were written, which are still            merge.cc    shut, take, prove, attach, open
-//   match.cc    hash, look up, publish                               detach.cc   merge again in place; back to anonymous
-//   huge.cc     huge pages: sampled before split
-//   commands.cc advise, unmerge, release, discard, unmap             events.cc   discards, faults, forks, moves
+//   match.cc    hash, look up, publish                               remerge.cc  broken pages: merge again in place
+//   huge.cc     huge pages: sampled before split                     detach.cc   back to anonymous memory
+//   commands.cc advise, unmerge, release, discard, unmap             hold.cc     pages out of a run's mapping, and back
+//   events.cc   discards, faults, forks, moves
 #pragma once
 
 #include <array>
@@ -186,7 +187,7 @@ class Engine {
   std::size_t MergeRun(const Region& region, Address start, std::size_t pages, frames::Frame first);
   std::size_t DropZeroRun(const Region& region, Address start, std::size_t pages);
   int Prepare(const Region& region, Span run, frames::Frame first, const os::Attributes& attributes, Address* at);
-  bool AttachFast(const Region& region, Span run, frames::Frame first, const os::Attributes& attributes);
+  int AttachFast(const Region& region, Span run, frames::Frame first, const os::Attributes& attributes);
   void Book(Span run, frames::Frame first);
   bool MarkBusy(Span run);
   void ClearBusy(Span run);
@@ -202,17 +203,33 @@ class Engine {
   void AttributesUnread(Span span);
   bool AttributesKnown(Address a);
   os::Attributes FindAttributes(Address a, Address* until);
+  void CountMappings(bool again);
+  bool LeavesMappings(std::size_t part) const;
   bool BudgetAllows() const;
   void RefreshUnwaitable();
   bool Unwaitable(Address page) const;
 
-  // detach.cc
+  // remerge.cc
   void TendBroken(const Region& region, Address from, Address to);
   void TendDropped(const Region& region, Span span);
   void TendRun(const Region& region, Span run);
   bool OldEnough(Page page, std::uint32_t now, std::uint32_t seconds) const;
   std::size_t Remerge(Span run);
+
+  // detach.cc
   int Detach(const Region& region, Span run, PageState expected);  // back to anonymous memory, contents kept
+  Address PageBeside(const Region& region, Span run, const os::Mapping& mapping);
+  bool CopyHeld();
+  bool IsEmpty(Span span);
+  bool Land(Span landing);
+  bool JoinBeside(Address beside, os::Context breaker, bool tracked);
+  void FillHeld(os::Context breaker);
+  bool FillByMoving(std::size_t first, std::size_t end);
+  void LetGoOfBeside(Address beside, os::Context breaker);
+  void LetGoOfDetached(const Region& region, Address beside, os::Context breaker);
+  void UndoDetach();
+
+  // hold.cc
   void NoteWritten(Span taken);
   bool TakeFromRun(Span run, PageState expected);
   void ReturnHeld(std::size_t i);
@@ -279,6 +296,9 @@ class Engine {
   std::size_t mappings_at_pass_ = 0;  // counted once a pass, 0: not yet
   std::size_t maps_at_pass_ = 0;      // maps_used_ at that moment
   std::size_t max_mappings_ = 0;      // the kernel's limit, read then
+  // The part of the limit (1/N) that stays the program's, whatever max_maps says. To bring pages back to anonymous memory
+  // can cut mappings too, and needs some for a moment; but it is how they are given back, and may go further.
+  static constexpr std::size_t kMergingLeaves = 4, kTendingLeaves = 8, kUnmergingLeaves = 16;
   std::size_t chunk_ = 0;
   static constexpr std::size_t kReadPages = kMaxRunPages;  // read and hashed at a time
   static constexpr std::size_t kHugeBytes = std::size_t{2} << 20;
@@ -333,11 +353,14 @@ class Engine {
   struct Hold {
     Span run;             // taken out of its place by mremap, accesses to it wait in the breaker
     Address taken_to = 0;  // where its pages are
+    bool settled = false;  // and which of them are private can be told: children that were forked meanwhile are served
+    bool copied = false;   // what the pages held lies in buffer_, where held_filled_ says so
   };
   Hold hold_;                                // under events_mutex_
   std::array<bool, kMaxRunPages> held_marks_{};  // of the hold: which pages carried the mark before; scanner
   std::array<bool, kMaxRunPages> held_written_{};  // which were written since the last sweep; scanner
   std::array<bool, kMaxRunPages> held_moved_{};  // and which have been moved back; scanner
+  std::array<bool, kMaxRunPages> held_filled_{};  // which are not to read as zeros; scanner, and events once hold_.copied
   std::byte* event_scratch_ = nullptr;       // one page; event thread
   std::uint64_t children_checked_at_ = 0;    // event thread
   std::atomic<Address> own_move_from_{0};    // a mapping that the scanner itself is moving

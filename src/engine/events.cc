@@ -202,6 +202,7 @@ void Engine::OnFault(os::Context context, Child* child, const os::Event& event) 
   Words* word = child ? nullptr : table_.Find(known);
   Page page(word ? word->load(std::memory_order_acquire) : 0);
   if (page.busy() && !held) return;
+  if (child && child->before_settled && hold_.run.contains(a)) return;
 
   if (event.write_protect) {
     // A synchronous break: book it, then let the kernel copy. The frame is pinned until the copy has been seen.
@@ -297,24 +298,28 @@ void Engine::OnFork(os::Context context, Child* parent, os::Context child_contex
 // not in their words for the time being.
 void Engine::ServeHold(Child* child) {
   const int shift = std::countr_zero(page_);
-  // The scanner's own move may be done and its event still to come: then the child is served when it does.
-  child->before_move = hold_.run.bytes && !hold_.taken_to;
+  // The scanner's own move may be done and its event still to come, and a page that is swapped out cannot be told from a
+  // mark before the marks have been cleared: the child is served then, and what it touches of the run waits.
+  child->before_settled = hold_.run.bytes && !hold_.settled;
+  if (child->before_settled) return;
   for (Address a = hold_.run.start; a < hold_.run.end(); a += page_) {
     const Page page = table_.Load(a);
-    if (!page.busy() || page.discarded()) continue;
+    // What had been discarded when the event was read; a discard since then is the parent's alone.
+    if (!page.busy() || child->discards.Contains(a, shift)) continue;
     const std::size_t i = (a - hold_.run.start) / page_;
     const bool marked = held_marks_[i];
     if (marked) child->discards.Add(a, shift);
-    if (!hold_.taken_to) continue;
+    if (hold_.copied && !held_filled_[i]) continue;
     Address where = hold_.taken_to + i * page_;
-    if (!IsPrivate(where)) {
+    if (!hold_.copied && !IsPrivate(where, true)) {
       if (IsPrivate(a)) where = a;  // moved back already
       // A frame, which the child's fault maps, or nothing: to read it here would be a fault for this thread to answer.
       else if (marked || held_moved_[i] || page.state() != PageState::kBroken) continue;
     }
     for (int attempt = 0; attempt < 100; ++attempt) {
-      if (system_.ReadProgram(where, event_scratch_, page_) == page_) {
-        const int error = system_.Copy(child->context, a, event_scratch_, page_, true).error;
+      if (hold_.copied || system_.ReadProgram(where, event_scratch_, page_) == page_) {
+        const std::byte* const bytes = hold_.copied ? buffer_ + i * page_ : event_scratch_;
+        const int error = system_.Copy(child->context, a, bytes, page_, true).error;
         if (error != -EAGAIN && error != -ENOMEM) break;
       }
       HandleContext(child->context, child);  // it is discarding, moving or forking already
@@ -322,16 +327,12 @@ void Engine::ServeHold(Child* child) {
       system_.Yield();
     }
   }
+  system_.Wake(child->context, hold_.run);
 }
 
 void Engine::OnRemap(const os::Event& event) {
   if (event.start == own_move_from_.load(std::memory_order_acquire)) {
-    if (event.start == hold_.run.start) {
-      hold_.taken_to = event.to;
-      for (std::size_t i = 0; i < children_.size(); ++i) {
-        if (children_[i]->before_move) ServeHold(children_[i]);
-      }
-    }
+    if (event.start == hold_.run.start) hold_.taken_to = event.to;
     return;
   }
   const std::size_t n = move_count_.load(std::memory_order_relaxed);

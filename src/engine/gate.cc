@@ -38,7 +38,7 @@ int Gate::Shut(Span run, bool zero) {
     const bool left = system_.Unregister(os::kGate, run) == 0;
     Drain();
     if (!left) {
-      AddRepair(run, os::kGate, 0);
+      AddRepair(run, os::kTracker, os::kWriteProtect, os::kGate);
     } else if (system_.Register(os::kTracker, run, os::kWriteProtect) != 0) {
       AddRepair(run, os::kTracker, os::kWriteProtect);
     }
@@ -211,7 +211,7 @@ void Gate::Open(std::size_t attached) {
         AddRepair(tail, os::kTracker, os::kWriteProtect);
       }
     } else {
-      AddRepair(tail, os::kGate, 0);
+      AddRepair(tail, os::kTracker, os::kWriteProtect, os::kGate);
     }
     KSMU_TEST_POINT("undo.tracked", run_.start, run_.bytes);
   }
@@ -225,25 +225,27 @@ void Gate::Open(std::size_t attached) {
 bool Gate::Repair() {
   for (std::size_t i = 0; i < repairs_.size();) {
     const Registration& r = repairs_[i];
-    int error;
-    if (r.context == os::kGate) {
-      error = system_.Unregister(os::kGate, r.span);
+    int error = 0;
+    if (r.leave != os::kNoContext) {
+      error = system_.Unregister(r.leave, r.span);
       if (error == -EINVAL) {
         // Part of it is another context's by now, which refuses the whole: each page for itself.
         error = 0;
         for (std::size_t done = 0; done < r.span.bytes; done += page_) {
-          if (system_.Unregister(os::kGate, {r.span.start + done, page_}) == -ENOMEM) error = -ENOMEM;
+          if (system_.Unregister(r.leave, {r.span.start + done, page_}) == -ENOMEM) error = -ENOMEM;
         }
       }
-      run_ = r.span;
-      pages_ = 0;
-      ReadEvents();
-      Drain();
-      system_.Wake(os::kGate, r.span);
-      if (!error) error = system_.Register(os::kTracker, r.span, os::kWriteProtect);
-    } else {
-      error = system_.Register(r.context, r.span, r.modes);
+      if (r.leave == os::kGate) {
+        run_ = r.span;
+        pages_ = 0;
+        ReadEvents();
+        Drain();
+      } else {
+        left_breaker_ = true;
+      }
+      system_.Wake(r.leave, r.span);
     }
+    if (!error && r.enter != os::kNoContext) error = system_.Register(r.enter, r.span, r.modes);
     // No memory: later. Anything else (gone, replaced, held by somebody else): it is not ours to repair.
     if (error == -ENOMEM || error == -EAGAIN) {
       ++i;

@@ -21,6 +21,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "base/own_memory.h"
 #include "engine/counters.h"
@@ -66,21 +67,27 @@ class Gate {
   // Registrations that failed: tried again; true when none is left.
   bool Repair();
   bool NeedsRepair() const { return !repairs_.empty(); }
+  // True once after a repair has taken a range out of a breaker: what the breaker has announced of it may be zapped later.
+  bool LeftBreaker() { return std::exchange(left_breaker_, false); }
   // A gate could not be taken back yet: whoever reads what is missing in it waits, the scanner too.
   bool LeftShut() const {
     for (const Registration& r : repairs_) {
-      if (r.context == os::kGate) return true;
+      if (r.leave == os::kGate) return true;
     }
     return false;
   }
-  void AddRepair(Span span, os::Context context, std::uint32_t modes) { repairs_.push_back({span, context, modes}); }
+  // The span is to be under `enter`, and not under `leave` any more.
+  void AddRepair(Span span, os::Context enter, std::uint32_t modes, os::Context leave = os::kNoContext) {
+    repairs_.push_back({span, enter, modes, leave});
+  }
 
  private:
   enum PageState : std::uint8_t { kThere, kTaken, kReturned };
   struct Registration {
     Span span;
-    os::Context context;   // kGate: to be unregistered
+    os::Context enter;
     std::uint32_t modes;
+    os::Context leave;
   };
   void ReadEvents();
   void ServeChild(os::Context child);
@@ -99,6 +106,7 @@ class Gate {
   std::array<bool, kMaxRunPages> gone_{};
   std::uint64_t shut_at_ = 0;
   base::OwnVector<Registration> repairs_;
+  bool left_breaker_ = false;
 };
 
 }  // namespace ksmu::engine

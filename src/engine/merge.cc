@@ -17,16 +17,34 @@ namespace {
 constexpr std::uint64_t kAttributesLive = 500'000'000;  // ns: a raw madvise in between is seen late; see docs/limits.md
 constexpr std::uint64_t kUnwaitableLive = 2'000'000;
 constexpr std::size_t kMaxUnread = 256;
+constexpr std::uint64_t kInFlightNs = 2'000'000'000;
 }  // namespace
+
+// Counts the process's mappings, once a pass; a command's count is good for as long as it is cheap to have made.
+void Engine::CountMappings(bool again) {
+  if (again && system_.NowNanoseconds() > mappings_until_) mappings_at_pass_ = 0;
+  if (mappings_at_pass_) return;
+  max_mappings_ = system_.MaxMappings();
+  const std::uint64_t begun = system_.NowNanoseconds();
+  mappings_at_pass_ = system_.CountMappings();
+  const std::uint64_t counted = system_.NowNanoseconds();
+  mappings_until_ = counted + 20 * (counted - begun);
+  maps_at_pass_ = maps_used_.load(std::memory_order_relaxed);
+}
+
+// That a part of the kernel's limit, 1/part of it, stays the program's.
+bool Engine::LeavesMappings(std::size_t part) const {
+  const std::size_t limit = max_mappings_ - max_mappings_ / part;
+  const auto since = static_cast<std::ptrdiff_t>(maps_used_.load(std::memory_order_relaxed) - maps_at_pass_);
+  return static_cast<std::ptrdiff_t>(mappings_at_pass_) + 2 * since + 4 < static_cast<std::ptrdiff_t>(limit);
+}
 
 bool Engine::BudgetAllows() const {
   const auto wanted = tunables_.max_maps.load(std::memory_order_relaxed);
-  const std::size_t system_limit = max_mappings_;
-  // A quarter of the kernel's limit stays the program's, whatever the tunable says.
-  std::size_t limit = system_limit - system_limit / 4;
-  if (wanted > 0) limit = std::min(limit, static_cast<std::size_t>(wanted));
-  const auto since = static_cast<std::ptrdiff_t>(maps_used_.load(std::memory_order_relaxed) - maps_at_pass_);
-  return static_cast<std::ptrdiff_t>(mappings_at_pass_) + 2 * since + 4 < static_cast<std::ptrdiff_t>(limit);
+  // The tunable bounds what merging adds: a run in the middle of a mapping makes three of it.
+  const std::size_t used = maps_used_.load(std::memory_order_relaxed);
+  if (wanted > 0 && 2 * used + 2 > static_cast<std::size_t>(wanted)) return false;
+  return LeavesMappings(kMergingLeaves);
 }
 
 // Reading smaps costs some microseconds a mapping, of the whole process: it is done rarely, and only what is out of the
@@ -40,7 +58,7 @@ void Engine::RefreshAttributes() {
       [](void* cookie, const os::AttributedMapping& m) {
         const os::Attributes& a = m.attributes;
         if (a.dont_fork || a.dont_dump || a.huge_page || a.no_huge_page || a.wipe_on_fork || a.locked || a.mergeable ||
-            a.sealed || a.hugetlb || a.pfn_map || a.grows_down || a.protection_key) {
+            a.sealed || a.hugetlb || a.pfn_map || a.grows_down || a.protection_key || (a.no_reserve && m.mapping.anonymous)) {
           auto& engine = *static_cast<Engine*>(cookie);
           engine.attributes_lost_ |= !engine.attributes_.push_back(m);
         }
@@ -113,7 +131,6 @@ void Engine::NoteDiscards(Span run, std::size_t from) {
 }
 
 void Engine::NoteInFlight(Address page) {
-  constexpr std::uint64_t kInFlightNs = 2'000'000'000;
   const std::uint64_t now = system_.NowNanoseconds();
   InFlight& place = in_flight_[in_flight_next_++ % in_flight_.size()];
   if (place.until > now) all_in_flight_until_ = std::max(all_in_flight_until_, place.until);
@@ -149,14 +166,8 @@ std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, 
                         Reason* reason) {
   *reason = Reason::kFailed;
   if (gate_.NeedsRepair()) return 0;
-  if (!mappings_at_pass_) {
-    max_mappings_ = system_.MaxMappings();
-    const std::uint64_t begun = system_.NowNanoseconds();
-    mappings_at_pass_ = system_.CountMappings();
-    const std::uint64_t counted = system_.NowNanoseconds();
-    mappings_until_ = counted + 20 * (counted - begun);
-    maps_at_pass_ = maps_used_.load(std::memory_order_relaxed);
-  }
+  if (gate_.LeftBreaker()) all_in_flight_until_ = in_flight_until_ = system_.NowNanoseconds() + kInFlightNs;
+  CountMappings(false);
   const std::uint64_t now = system_.NowNanoseconds();
   if (now > unwaitable_until_) RefreshUnwaitable();
 
@@ -277,10 +288,10 @@ int Engine::Prepare(const Region& region, Span run, Frame first, const os::Attri
 // Fast attach, for memory whose discards all go through the library: the frames are mapped in place and armed there.
 // Between the mapping and the registration a reader can map frames unprotected, and a writer break them unseen: what is
 // there already is passed over and protected afterwards, and the next sweep tells what was broken.
-bool Engine::AttachFast(const Region& region, Span run, Frame first, const os::Attributes& attributes) {
+int Engine::AttachFast(const Region& region, Span run, Frame first, const os::Attributes& attributes) {
   Address at = 0;
-  if (system_.MapFrames(run.start, run.bytes, pool_.OsFile(first), pool_.Offset(first), os::Protection::kReadWrite, &at)) {
-    return false;
+  if (int error = system_.MapFrames(run.start, run.bytes, pool_.OsFile(first), pool_.Offset(first), os::Protection::kReadWrite, &at)) {
+    return error;
   }
   const os::Context breaker = BreakerOf(region);
   constexpr std::uint32_t modes = os::kMissing | os::kWriteProtect | os::kMinor;
@@ -290,7 +301,7 @@ bool Engine::AttachFast(const Region& region, Span run, Frame first, const os::A
   const bool registered = system_.Register(breaker, run, modes) == 0;
   if (!registered) {
     gate_.AddRepair(run, breaker, modes);
-    return true;
+    return 0;
   }
   KSMU_TEST_POINT("merge.registered", run.start, run.bytes);
   // An unread event can be that of a fork which waits for the gate's first. The gate may be read now: the frames are there.
@@ -306,7 +317,7 @@ bool Engine::AttachFast(const Region& region, Span run, Frame first, const os::A
   // Somebody came between the mapping and the registration: a reader has an unprotected frame, a writer its own copy.
   while (mapped_already && system_.WriteProtect(breaker, run, true) == -EAGAIN) gate_.Drain(), system_.Yield();
   KSMU_TEST_POINT("merge.protected", run.start, run.bytes);
-  return true;
+  return 0;
 }
 
 // The pages of the run map frames now: from here on they are merged, or dropped where a discard came in the meantime. One
@@ -405,6 +416,7 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
         Leave(at + k * page_, error == -ENOMEM ? Reason::kMapBudget : error == -EBUSY ? Reason::kForeign : Reason::kFailed);
       }
     };
+    int attach_error = -EPERM;
     Address prepared = 0;
     if (!region.promise) {
       if (int error = Prepare(region, run, frame, attributes, &prepared)) {
@@ -438,15 +450,17 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
       KSMU_TEST_POINT("merge.attach", run.start, run.bytes);
       if (prepared) {
         own_move_from_.store(prepared, std::memory_order_release);
-        if (system_.MoveMapping(prepared, part.bytes, at) == 0) attached = equal;
+        attach_error = system_.MoveMapping(prepared, part.bytes, at);
+        if (attach_error == 0) attached = equal;
         {
           // The event has been read, but only with the mutex is it certain that the event thread has looked at it.
           std::lock_guard lock(events_mutex_);
           own_move_from_.store(0, std::memory_order_release);
         }
         KSMU_TEST_POINT("merge.attached", run.start, run.bytes);
-      } else if (AttachFast(region, part, frame, attributes)) {
-        attached = equal;
+      } else {
+        attach_error = AttachFast(region, part, frame, attributes);
+        if (attach_error == 0) attached = equal;
       }
     }
     gate_.Drain();
@@ -473,7 +487,7 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
     if (attached == n) continue;
     if (attached < equal) {  // the attach itself was refused
       if (ours) {
-        leave_run(equal, -EPERM);
+        leave_run(equal, attach_error);
       } else {  // a discard is under way, or the mapping is not what it was
         for (std::size_t k = 0; k < equal; ++k) LookAgain(at + k * page_);
       }

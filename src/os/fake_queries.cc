@@ -344,6 +344,18 @@ int FakeSystem::MapAnonymous(Address at, std::size_t bytes, Protection protectio
   return 0;
 }
 
+int FakeSystem::MapApart(std::size_t bytes, bool, Address* out) {
+  Scope scope(*this, "MapApart", -1, {0, bytes});
+  if (scope.error != 0) return scope.error;
+  Vma v;
+  v.start = FreeAddress(bytes);
+  v.end = v.start + bytes;
+  v.page_offset = v.start / page_size_;
+  if (int error = MapRange(program(), v)) return error;
+  *out = v.start;
+  return 0;
+}
+
 int FakeSystem::MoveMapping(Address from, std::size_t bytes, Address to) {
   Scope scope(*this, "MoveMapping", -1, {from, bytes}, to);
   if (scope.error != 0) return scope.error;

@@ -436,6 +436,26 @@ int LinuxSystem::MapAnonymous(Address at, std::size_t bytes, Protection protecti
   return refusals_.Note(Refusals::kMmap, raw::Mmap(at, bytes, ProtectionBits(protection), flags, -1, 0, out));
 }
 
+int LinuxSystem::MapApart(std::size_t bytes, bool no_reserve, Address* out) {
+  // Where the kernel puts a mapping it joins it to what lies there, and with that to its anon_vma. Between two pages of
+  // another kind there is nothing to join.
+  const std::size_t page = PageSize();
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS;
+  Address around = 0;
+  if (int error = raw::Mmap(0, bytes + 2 * page, PROT_NONE, kFlags | MAP_NORESERVE, -1, 0, &around)) {
+    return refusals_.Note(Refusals::kMmap, error);
+  }
+  const int error = raw::Mmap(around + page, bytes, PROT_READ | PROT_WRITE,
+                              kFlags | MAP_FIXED | (no_reserve ? MAP_NORESERVE : 0), -1, 0, out);
+  if (error) {
+    Unmap({around, bytes + 2 * page});
+    return refusals_.Note(Refusals::kMmap, error);
+  }
+  Unmap({around, page});
+  Unmap({around + page + bytes, page});
+  return 0;
+}
+
 int LinuxSystem::MoveMapping(Address from, std::size_t bytes, Address to) {
   Address moved;
   return refusals_.Note(Refusals::kMremap, raw::Mremap(from, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to, &moved));

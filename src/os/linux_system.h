@@ -83,6 +83,7 @@ class LinuxSystem final : public System {
   std::size_t MaxMappings() override;
   int MapFrames(Address at, std::size_t bytes, const File&, std::uint64_t offset, Protection, Address* out) override;
   int MapAnonymous(Address at, std::size_t bytes, Protection, Address* out) override;
+  int MapApart(std::size_t bytes, bool no_reserve, Address* out) override;
   int MoveMapping(Address from, std::size_t bytes, Address to) override;
   int TakePages(Span, Address* out) override;
   int Unmap(Span) override;

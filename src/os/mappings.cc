@@ -104,6 +104,8 @@ void ParseSmapsLine(std::string_view line, Attributes* attributes) {
       attributes->hugetlb = true;
     else if (flag == "pf" || flag == "mm" || flag == "io")
       attributes->pfn_map = true;
+    else if (flag == "nr")
+      attributes->no_reserve = true;
     else if (flag == "gd")
       attributes->grows_down = true;
     else if (flag == "um" || flag == "uw" || flag == "ui")

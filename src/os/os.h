@@ -29,7 +29,7 @@ struct Span {
 
 // A userfaultfd context. The five named ones exist from Open() on; children's contexts, received with a kFork event,
 // have handles >= kFirstChild and live until CloseContext().
-enum ContextHandle : int { kTracker = 0, kGate = 1, kStaging = 2, kBreaker = 3, kSyncBreaker = 4, kFirstChild = 5 };
+enum ContextHandle : int { kNoContext = -1, kTracker = 0, kGate = 1, kStaging = 2, kBreaker = 3, kSyncBreaker = 4, kFirstChild = 5 };
 using Context = int;
 
 // Registration modes (bits).
@@ -91,6 +91,7 @@ struct Attributes {
   bool dont_fork = false, dont_dump = false, huge_page = false, no_huge_page = false, wipe_on_fork = false;
   bool locked = false, mergeable = false /* kernel KSM */, sealed = false, hugetlb = false, pfn_map = false;
   bool grows_down = false, userfault = false /* some userfaultfd holds it */, protection_key = false;
+  bool no_reserve = false;  // MAP_NORESERVE: mappings that differ in it never become one
 };
 struct AttributedMapping {
   Mapping mapping;
@@ -194,6 +195,9 @@ class System {
   virtual int MapFrames(Address at, std::size_t bytes, const File&, std::uint64_t offset, Protection, Address* out) = 0;
   // Private anonymous memory, reads as zeros. `at` as above.
   virtual int MapAnonymous(Address at, std::size_t bytes, Protection, Address* out) = 0;
+  // The same at a free address, apart from every other mapping, readable and writable. As long as it has never been touched
+  // it takes on what the place asks that it is moved to, and so can become one mapping with its neighbours there.
+  virtual int MapApart(std::size_t bytes, bool no_reserve, Address* out) = 0;
   // Moves a mapping, page tables included, over `to` (mremap, MREMAP_FIXED); atomic for everybody who looks at `to`.
   // The registration moves along if the context has EVENT_REMAP (and then the call waits until that event is read);
   // else it is lost. The old place is a hole afterwards. -EPERM sealed, -ENOMEM at the map limit: nothing has changed.

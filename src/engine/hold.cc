@@ -1,0 +1,257 @@
+// The hold: pages that lie in a run's mapping are taken out of their place, and what comes back goes in.
+//
+// Such a page cannot be taken by UFFDIO_MOVE (its mapping is a file's), and the breaker must not let go of it for an
+// instant: a discard would leave no trace. So its pages are taken out by mremap(MREMAP_DONTUNMAP): the range stays mapped
+// and registered as it was, and whoever touches it waits in the breaker. What comes back goes in under events_mutex_,
+// while no event can be read: a discarding thread is then either marked already, or still waiting, and its zap is yet to
+// come.
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+
+#include "base/test_point.h"
+#include "engine/engine.h"
+
+namespace ksmu::engine {
+
+namespace {
+constexpr int kCopyTries = 1000;
+}
+
+// Takes the pages of a run out of their place: accesses wait in the breaker until LetGo, by when the caller has put
+// something there. All pages must be covering and known; false: nothing was changed.
+bool Engine::TakeFromRun(Span run, PageState expected) {
+  Address until = 0;
+  const os::Attributes attributes = FindAttributes(run.start, &until);
+  if (!attributes_known_ || attributes.locked || attributes.sealed) return false;
+  // Under no breaker nobody would wait, and what is written to the place meanwhile would be lost.
+  if (gate_.NeedsRepair() && !gate_.Repair()) return false;
+  os::Mapping mapping;
+  if (system_.QueryMapping(run.start, &mapping) != 0 || mapping.end < run.end()) return false;
+  for (Address a = run.start; a < run.end(); a += page_) {
+    if (!pool_.Shows(mapping, a, table_.Load(a).value())) return false;
+  }
+  KSMU_TEST_POINT("remerge.begin", run.start, run.bytes);
+  const std::uint32_t now = NowSeconds();
+  {
+    std::lock_guard lock(events_mutex_);
+    for (Address a = run.start; a < run.end(); a += page_) {
+      const Page page = table_.Load(a);
+      // What the caller has judged must be what is taken.
+      if (page.state() != expected || page.busy()) return false;
+      if (expected != PageState::kDropped && page.discarded() && !OldEnough(page, now, 0)) return false;
+    }
+    std::size_t i = 0;
+    for (Address a = run.start; a < run.end(); a += page_, ++i) {
+      Words* word = table_.Find(a);
+      Page page(word->load(std::memory_order_acquire));
+      held_marks_[i] = page.discarded();
+      held_moved_[i] = false;
+      // From here on the mark means: discarded since it was taken out.
+      while (!Change(word, page, page.WithBusy(true).WithDiscarded(false))) {
+      }
+    }
+    hold_.run = run;
+    hold_.taken_to = 0;
+  }
+  Address to = 0;
+  own_move_from_.store(run.start, std::memory_order_release);
+  const int error = system_.TakePages(run, &to);
+  // The event has been read, but only with the mutex is it certain that the event thread has looked at it.
+  std::unique_lock lock(events_mutex_);
+  own_move_from_.store(0, std::memory_order_release);
+  if (error) {
+    LetGo();
+    return false;
+  }
+  hold_.taken_to = to;
+  KSMU_TEST_POINT("remerge.taken", run.start, run.bytes);
+  lock.unlock();
+  NoteWritten({to, run.bytes});
+  // Where nothing is a mark may lie, and looks like a private page that is swapped out.
+  for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
+    while (system_.WriteProtect(breaker, {to, run.bytes}, false) == -EAGAIN) system_.Yield();
+  }
+  lock.lock();
+  hold_.settled = true;
+  for (std::size_t k = 0; k < children_.size(); ++k) {
+    if (children_[k]->before_settled) ServeHold(children_[k]);
+  }
+  return true;
+}
+
+// Gives up the place where the pages of a hold were, but for the holes that pages have left which were moved back: those
+// may be somebody else's mappings by now.
+void Engine::UnmapTaken(Address taken_to, std::size_t bytes) {
+  const std::size_t n = bytes / page_;
+  for (std::size_t i = 0; i < n;) {
+    std::size_t end = i;
+    while (end < n && !held_moved_[end]) ++end;
+    if (end > i) system_.Unmap({taken_to + i * page_, (end - i) * page_});
+    i = end + 1;
+  }
+}
+
+// Under events_mutex_: the pages that are still busy keep the state they had; everybody who waits tries again.
+void Engine::LetGo() {
+  const Span run = hold_.run;
+  std::size_t i = 0;
+  for (Address a = run.start; a < run.end(); a += page_, ++i) {
+    Words* word = table_.Find(a);
+    Page page(word->load(std::memory_order_acquire));
+    if (!page.busy()) continue;
+    const bool fresh_mark = page.discarded();
+    const bool mark = fresh_mark || held_marks_[i];
+    Page to = page.WithBusy(false).WithDiscarded(mark);
+    if (fresh_mark && page.state() != PageState::kResidue) to = to.WithState(PageState::kDropped).WithUnconfirmed(false);
+    while (!Change(word, page, to)) {
+    }
+    if (to.state() == PageState::kDropped && page.state() == PageState::kMerged) pool_.Unshare(page.value());
+    if (to.state() == PageState::kDropped && page.unconfirmed()) pool_.Unpin(page.value());
+  }
+  hold_ = Hold{};
+  for (std::size_t k = 0; k < children_.size(); ++k) {
+    if (!children_[k]->before_settled) continue;
+    children_[k]->before_settled = false;
+    system_.Wake(children_[k]->context, run);
+  }
+  system_.Wake(os::kBreaker, run);
+  system_.Wake(os::kSyncBreaker, run);
+}
+
+// Puts page i of the hold back where it was. Returns when it is there, or known to be discarded.
+void Engine::ReturnHeld(std::size_t i) {
+  const Address a = hold_.run.start + i * page_;
+  const Address from = hold_.taken_to + i * page_;
+  for (int attempt = 0;; ++attempt, system_.Yield()) {
+    const bool readable = system_.ReadProgram(from, scratch_, page_) == page_;
+    {
+      std::lock_guard lock(events_mutex_);
+      if (table_.Load(a).discarded()) return;
+      int error = -EINVAL;
+      if (readable) {
+        // The copy is refused while an event is unread, so it cannot undo a discard that has already been let through.
+        for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
+          const os::Partial copied = system_.Copy(breaker, a, scratch_, page_, false);
+          if (copied.done == page_ || copied.error == -EEXIST) return;
+          if (error == -EINVAL || copied.error == -EAGAIN) error = copied.error;
+        }
+      }
+      if ((error == -EAGAIN && attempt < kCopyTries) || error == -ENOMEM) continue;
+    }
+    // Neither breaker holds the place any more, or the page cannot be read, or a storm of discards leaves no instant for a
+    // copy: it goes back itself. Until it has there is no way out of here, nothing else keeps the bytes; unless the place
+    // is gone.
+    os::Mapping mapping;
+    const int unknown = system_.QueryMapping(a, &mapping);
+    if (unknown == -ENOENT || (!unknown && !pool_.Shows(mapping, a, table_.Load(a).value()))) return;
+    if (!unknown && MoveBack(i)) return;
+  }
+}
+
+// The page itself, pins and all, to its place; registered all along. A discard that is let through in the meantime may find
+// the place still empty: then it is done over.
+bool Engine::MoveBack(std::size_t i) {
+  const Address a = hold_.run.start + i * page_;
+  const Address from = hold_.taken_to + i * page_;
+  own_move_from_.store(from, std::memory_order_release);
+  const bool moved = system_.MoveMapping(from, page_, a) == 0;
+  bool discarded;
+  {
+    std::lock_guard lock(events_mutex_);
+    own_move_from_.store(0, std::memory_order_release);
+    held_moved_[i] = moved;
+    discarded = table_.Load(a).discarded();
+  }
+  if (moved && discarded) system_.Discard({a, page_});
+  return moved;
+}
+
+// Puts the page itself back, not a copy: somebody may have it pinned.
+void Engine::MoveBackHeld(std::size_t i) {
+  const Address a = hold_.run.start + i * page_;
+  const Address from = hold_.taken_to + i * page_;
+  for (const std::uint64_t until = Patience();; system_.Yield()) {
+    {
+      std::lock_guard lock(events_mutex_);
+      if (table_.Load(a).discarded()) return;
+      if (EventsPending(until)) continue;
+    }
+    os::Mapping there;
+    const bool known = system_.QueryMapping(a, &there) == 0 && there.start <= a;
+    if (known && !(there.readable && there.writable)) {
+      system_.Protect({from, page_}, there.readable ? os::Protection::kRead : os::Protection::kNone);
+    }
+    if (!MoveBack(i)) ReturnHeld(i);  // refused: a copy keeps the bytes at least
+    return;
+  }
+}
+
+// Which of the pages just taken carry no protection mark: written since the last sweep, which judged them.
+void Engine::NoteWritten(Span taken) {
+  held_written_.fill(false);
+  os::ScanRequest request;
+  request.required = os::kPresent | os::kWritten;
+  request.returned = os::kWritten;
+  std::array<os::PageRun, 16> runs;
+  for (Address at = taken.start; at < taken.end();) {
+    const os::ScanResult scan = system_.Scan({at, taken.end() - at}, request, runs.data(), runs.size());
+    if (scan.error || scan.walked_to <= at) return held_written_.fill(true);
+    for (std::size_t r = 0; r < scan.runs; ++r) {
+      for (Address a = runs[r].start; a < runs[r].end; a += page_) held_written_[(a - taken.start) / page_] = true;
+    }
+    at = scan.walked_to;
+  }
+}
+
+// As IsPrivate, for a page that is about to be unmerged anyway: its protection mark, which would look like a page that is
+// swapped out where there is none, is taken away. Where discards leave no instant for that, the answer is no.
+bool Engine::HasCopy(Address a) {
+  if (IsPrivate(a)) return true;
+  if (!IsPrivate(a, true)) return false;
+  for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
+    const std::uint64_t until = Patience();
+    while (system_.WriteProtect(breaker, {a, page_}, false) == -EAGAIN) {
+      if (system_.NowNanoseconds() >= until) return false;
+      system_.Yield();
+    }
+  }
+  return IsPrivate(a, true);
+}
+
+// A discarded page: the kernel has carried the discard out. Until it has, the page must stay in its place, where the zap
+// will look for it. From then on there is nothing, or the zero page, or what has been written since.
+bool Engine::IsZapped(Address a) {
+  os::ScanRequest request;
+  request.any_of = os::kPresent | os::kSwapped;
+  request.returned = os::kPresent | os::kPfnZero;
+  os::PageRun run;
+  os::ScanResult scan = system_.Scan({a, page_}, request, &run, 1);
+  if (!scan.error && scan.runs && !(run.categories & os::kPresent)) {
+    // The protection mark that a zap leaves behind looks like a page that is swapped out. Cleared, it is gone.
+    for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
+      if (system_.WriteProtect(breaker, {a, page_}, false) == -EAGAIN) return false;
+    }
+    scan = system_.Scan({a, page_}, request, &run, 1);
+  }
+  return !scan.error && (scan.runs == 0 || (run.categories & os::kPfnZero));
+}
+
+// True if the page is the process's own, not a frame: present or swapped out.
+bool Engine::IsPrivate(Address a, bool unmarked) {
+  os::ScanRequest request;
+  request.any_of = os::kPresent | os::kSwapped;
+  request.returned = os::kPresent | os::kFile | os::kPfnZero | os::kSwapped;
+  os::PageRun run;
+  os::ScanResult scan = system_.Scan({a, page_}, request, &run, 1);
+  // No memory in the kernel: to be asked again, because bytes hang on the answer.
+  for (int attempt = 0; scan.error && attempt < 100; ++attempt) {
+    system_.Yield();
+    scan = system_.Scan({a, page_}, request, &run, 1);
+  }
+  if (scan.error || scan.runs == 0) return false;
+  return !(run.categories & (os::kFile | os::kPfnZero)) && (run.categories & (unmarked ? os::kPresent | os::kSwapped : os::kPresent));
+}
+
+}  // namespace ksmu::engine
