@@ -49,10 +49,11 @@ class HugeArea {
   HugeArea(const HugeArea&) = delete;
   HugeArea& operator=(const HugeArea&) = delete;
   bool there() const { return base_ != nullptr; }
+  bool quiet() const { return quiet_; }
 
   void Advise() {
     promise_ = random_->OneIn(2);
-    discards_ = random_->OneIn(2);
+    quiet_ = random_->OneIn(2);
     const int flags = promise_ ? KSMU_F_NO_RAW_DISCARDS : random_->OneIn(4) ? KSMU_F_SYNC_BREAK : 0;
     for (std::size_t s = 0; s < kSegments; ++s) was_huge_[s] = IsHuge(s);
     if (ksmu_advise(base_, kSegments * kHuge, KSMU_MERGEABLE | flags) != 0 && g.library_on.load()) {
@@ -62,8 +63,9 @@ class HugeArea {
   void Disturb() {
     const std::size_t i = random_->Below(expected_.size());
     Check(i, "at a read");
+    if (quiet_) return;
     if (random_->OneIn(4)) Write(i, random_->OneIn(2));
-    else if (discards_ && random_->OneIn(8)) Discard(i);
+    else if (random_->OneIn(8)) Discard(i);
     Check(i, "right after a write or a discard");
   }
   void CheckAll(const char* when) {
@@ -72,9 +74,10 @@ class HugeArea {
       if (i % 64 == 0) Step(slot_);
     }
   }
-  // The discard of a page splits its huge page too: only without any was it the library.
+  // The discard of a page splits its huge page too, and so does a write to one that is watched: without any it was the
+  // library.
   void Count() {
-    if (discards_) return;
+    if (!quiet_ || !g.library_on.load()) return;
     for (std::size_t s = 0; s < kSegments; ++s) {
       g.tally.huge.fetch_add(was_huge_[s]);
       g.tally.huge_split.fetch_add(was_huge_[s] && !IsHuge(s));
@@ -123,7 +126,7 @@ class HugeArea {
   void* whole_ = nullptr;
   unsigned char* base_ = nullptr;
   std::uint64_t unique_ = 0;
-  bool promise_ = false, discards_ = false;
+  bool promise_ = false, quiet_ = false;
   bool was_huge_[kSegments] = {};
 };
 
@@ -139,7 +142,9 @@ void HugePages(int slot) {
     HugeArea area(slot, &random);
     if (!area.there()) return;
     area.Advise();
-    for (const double end = Now() + 0.1 * static_cast<double>(2 + random.Below(10)); Now() < end && !g.stop.load();) {
+    // To be split it has to lie still for two passes, which take most of a second here.
+    const double end = Now() + (area.quiet() ? 2 : 0.2) + 0.1 * static_cast<double>(random.Below(10));
+    while (Now() < end && !g.stop.load()) {
       Step(slot);
       area.Disturb();
       test::SleepSeconds(0.002);
