@@ -1,6 +1,6 @@
-// Mappings: merging cuts the program's memory into several, and the kernel limits how many a process may have. They must
-// not become more with every cycle, memory that is unmerged must be one mapping again, and at the limit it is merging
-// that stops, not the program.
+// Mappings: merging cuts the program's memory into several, and the kernel limits how many a process may have. They
+// must not become more with every cycle, memory that is unmerged must be one mapping again, and at the limit it is
+// merging that stops, not the program.
 
 #include <fcntl.h>
 #include <pthread.h>
@@ -46,8 +46,8 @@ constexpr int kCycles = 1000, kSettled = 20;
 constexpr std::int64_t kSlack = 24;
 constexpr std::size_t kPages = 128, kWindow = 8;
 
-// Half of the pages of a window are duplicates, at random, and are merged; then all goes back. The window moves by a page
-// a cycle: a place that stays cut is a mapping more, and after 20 cycles most places have not been in the window.
+// Half of the pages of a window are duplicates, at random, and are merged; then all goes back. The window moves by a
+// page a cycle: a place that stays cut is a mapping more, and after 20 cycles most places have not been in the window.
 void Cycle(Back back) {
   Set("run", 0);
   Set("remerge", 1);
@@ -89,7 +89,9 @@ void Cycle(Back back) {
       ASSERT_OK(ksmu_advise(memory->page(first), kWindow * PageSize(), KSMU_DISCARD));
       std::fill_n(seeds.begin() + static_cast<std::ptrdiff_t>(first), kWindow, 0);
     }
-    for (std::size_t i = first; i < first + kWindow; ++i) ASSERT_TRUE(PageIs(memory->page(i), seeds[i])) << "cycle " << cycle;
+    for (std::size_t i = first; i < first + kWindow; ++i) {
+      ASSERT_TRUE(PageIs(memory->page(i), seeds[i])) << "cycle " << cycle;
+    }
     if (back == Back::kUnmap) {
       map_anew();
     } else {
@@ -99,9 +101,11 @@ void Cycle(Back back) {
   }
   // A page that was discarded stays in its place for some seconds at least.
   std::int64_t after = 0;
-  WaitUntil([&] { return ksmu_merge(nullptr, AllBytes()) < 0 || (after = CountMappings()) <= settled + kSlack; }, 6, 0.1);
-  printf("%lld mappings after cycle %d, %lld after cycle %d; %lld of %lld merged\n", static_cast<long long>(settled), kSettled,
-         static_cast<long long>(after), kCycles, static_cast<long long>(merged), static_cast<long long>(possible));
+  const auto few = [&] { return (after = CountMappings()) <= settled + kSlack; };
+  WaitUntil([&] { return ksmu_merge(nullptr, AllBytes()) < 0 || few(); }, 6, 0.1);
+  printf("%lld mappings after cycle %d, %lld after cycle %d; %lld of %lld merged\n", static_cast<long long>(settled),
+         kSettled, static_cast<long long>(after), kCycles, static_cast<long long>(merged),
+         static_cast<long long>(possible));
   EXPECT_LE(after, settled + kSlack) << Text(ReadStats());
   EXPECT_GT(merged, possible / 2);
   EXPECT_TRUE(PagesAre(*memory, seed));

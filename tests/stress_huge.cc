@@ -1,5 +1,5 @@
-// Stress test: memory in huge pages that comes and goes. The workers' huge pages are split soon and stay so; here there are
-// always some that the library has not seen yet, with nothing, a little, or much in them that can be merged.
+// Stress test: memory in huge pages that comes and goes. The workers' huge pages are split soon and stay so; here there
+// are always some that the library has not seen yet, with nothing, a little, or much in them that can be merged.
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -97,7 +97,8 @@ class HugeArea {
     memcpy(PageOf(i), &word, 8);
   }
   void Discard(std::size_t i) {
-    const int result = promise_ ? ksmu_advise(PageOf(i), g.page_size, KSMU_DISCARD) : madvise(PageOf(i), g.page_size, MADV_DONTNEED);
+    const int result = promise_ ? ksmu_advise(PageOf(i), g.page_size, KSMU_DISCARD)
+                                : madvise(PageOf(i), g.page_size, MADV_DONTNEED);
     if (result == 0) expected_[i] = {0, 0};
     else if (errno != EAGAIN || g.library_on.load()) Fail("discard in a huge page: %s", strerror(errno));
   }
@@ -109,8 +110,9 @@ class HugeArea {
   void Check(std::size_t i, const char* when) {
     std::uint64_t word;
     memcpy(&word, PageOf(i), 8);
-    if (word == FirstWord(i) && memcmp(PageOf(i) + 8, g.pattern(expected_[i].pattern) + 8, g.page_size - 8) == 0) return;
-    Fail("WRONG BYTES %s: page %zu of the huge pages (%p), pattern %d, its first word is %llx, has to be %llx; the library:%s",
+    const unsigned char* want = g.pattern(expected_[i].pattern);
+    if (word == FirstWord(i) && memcmp(PageOf(i) + 8, want + 8, g.page_size - 8) == 0) return;
+    Fail("WRONG BYTES %s: page %zu of the huge pages (%p), pattern %d, first word %llx, has to be %llx; the library:%s",
          when, i, static_cast<const void*>(PageOf(i)), expected_[i].pattern, static_cast<unsigned long long>(word),
          static_cast<unsigned long long>(FirstWord(i)), PointsOf(PageOf(i)).c_str());
     Write(i, true);

@@ -4,7 +4,8 @@
 //   phase B  merging again in place at once (remerge_seconds = 0), so without writes that the kernel has in flight
 //   phase C  the program closes every descriptor above 2, in a loop
 //
-// In all of them huge pages come and go (split for fewer duplicates from phase to phase), and max_maps is tight at times.
+// In all of them huge pages come and go (split for fewer duplicates from phase to phase), and max_maps is tight at
+// times.
 //
 //   stress_test [--seconds N] [--seed S] [--threads N] [--pages N] [--phase A|B|C|AB...] [--dir D] [--zram] [--keep-going]
 //               [--without NAME,...] [--regions KIND,...]   (operations and threads to leave out, kinds of memory to use)
