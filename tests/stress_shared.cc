@@ -145,6 +145,29 @@ void Observer(int slot) {
   }
 }
 
+// Takes mappings away from merging, and gives them back: what is refused in between has to be found again.
+void MapBudget(int slot) {
+  Random random(g.options.seed * 59 + static_cast<std::uint64_t>(g.phase.name));
+  const auto set = [](std::int64_t value) {
+    if (ksmu_set("max_maps", value) != 0 && g.library_on.load()) {
+      Fail("ksmu_set(max_maps, %lld): %s: %s", static_cast<long long>(value), strerror(errno), ksmu_last_error());
+    }
+  };
+  while (!g.stop.load()) {
+    Step(slot);
+    std::int64_t used = 0, without = 0;
+    ksmu_get("maps_used", &used);
+    // From nothing at all to a little more than there is.
+    set(1 + static_cast<std::int64_t>(random.Below(static_cast<std::size_t>(used) + 200)));
+    test::SleepSeconds(0.01 * static_cast<double>(1 + random.Below(8)));
+    ksmu_get("unmerged_map_budget", &without);
+    g.tally.budget_met.fetch_add(without > 0);
+    set(0);
+    g.tally.budget_changes.fetch_add(1);
+    test::SleepSeconds(0.01 * static_cast<double>(10 + random.Below(40)));
+  }
+}
+
 namespace {
 unsigned char g_sink;
 void OnSignal(int) {

@@ -22,6 +22,7 @@ const char* KindName(Kind kind) {
     case Kind::kPromise: return "promise";
     case Kind::kSync: return "sync";
     case Kind::kMap: return "map";
+    case Kind::kHuge: return "huge";
   }
   return "?";
 }
@@ -105,14 +106,16 @@ void SetUpRegions() {
   }
   for (Region& r : g.regions) {
     const std::size_t bytes = g.options.pages * g.page_size;
+    const bool huge = r.kind == Kind::kHuge;
+    const std::size_t mapped = huge ? bytes + (std::size_t{2} << 20) : bytes;  // a place to begin at
     void* p = r.kind == Kind::kMap ? ksmu_map(bytes, 0)
-                                   : mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+                                   : mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) {
       fprintf(stderr, "stress_test: region %s: %s: %s\n", KindName(r.kind), strerror(errno), ksmu_last_error());
       exit(1);
     }
-    r.base = static_cast<unsigned char*>(p);
-    madvise(p, bytes, MADV_NOHUGEPAGE);
+    r.base = huge ? HugeAligned(p) : static_cast<unsigned char*>(p);
+    madvise(r.base, bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     r.pages.resize(g.options.pages);
     for (std::size_t i = 0; i < g.options.pages; ++i) {
       r.pages[i].pattern = static_cast<std::uint8_t>(1 + i % kBlock);

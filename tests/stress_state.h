@@ -29,8 +29,8 @@ struct Options {
   bool Without(const char* name) const { return ("," + without + ",").find("," + std::string(name) + ",") != std::string::npos; }
 };
 
-enum class Kind { kExact, kPromise, kSync, kMap };
-constexpr Kind kKinds[] = {Kind::kExact, Kind::kPromise, Kind::kSync, Kind::kMap};
+enum class Kind { kExact, kPromise, kSync, kMap, kHuge };
+constexpr Kind kKinds[] = {Kind::kExact, Kind::kPromise, Kind::kSync, Kind::kMap, Kind::kHuge};
 const char* KindName(Kind kind);
 
 enum class Op : std::uint8_t {
@@ -60,7 +60,7 @@ struct Region {
   Kind kind;
   unsigned char* base = nullptr;
   std::vector<Page> pages;
-  bool raw_discards() const { return kind == Kind::kExact || kind == Kind::kSync; }
+  bool raw_discards() const { return kind == Kind::kExact || kind == Kind::kSync || kind == Kind::kHuge; }
 };
 
 struct alignas(64) Progress {
@@ -74,6 +74,7 @@ constexpr int kMaxThreads = 64;
 struct Tally {
   std::atomic<std::uint64_t> ops[static_cast<int>(Op::kCount)] = {};
   std::atomic<std::uint64_t> children{0}, signals{0}, closed{0}, merge_calls{0}, merge_results{0}, ring_registers{0};
+  std::atomic<std::uint64_t> huge{0}, huge_split{0}, budget_changes{0}, budget_met{0};
   std::atomic<std::uint64_t> robust{0}, priority{0}, exit_words{0}, swapped_out{0};
   std::atomic<std::uint64_t> proc_mem_refused{0}, priority_refused{0}, unmarked_exit_words_lost{0};
 };
@@ -84,6 +85,7 @@ struct Phase {
   std::int64_t remerge_seconds;
   bool pins;         // O_DIRECT, io_uring, process_vm_writev: with them remerge_seconds must exceed every write's time
   bool descriptors;  // the program's descriptors survive; else all are closed in a loop
+  std::int64_t thp_min_duplicates;
 };
 
 struct State {
@@ -154,6 +156,9 @@ void Merger(int slot);
 void Observer(int slot);
 void Signaller(int slot, std::vector<unsigned long> targets);
 void Closer(int slot);
+void MapBudget(int slot);
+void HugePages(int slot);
+unsigned char* HugeAligned(void* p);  // the first huge page's start from p on
 // Shared words: several writers on one page.
 void SharedWords(int slot, int index);
 void SetUpShared();

@@ -4,6 +4,9 @@
 //   phase B  merging again in place at once (remerge_seconds = 0), so without writes that the kernel has in flight
 //   phase C  the program closes every descriptor above 2, in a loop
 //
+// In all of them huge pages come and go (split for fewer duplicates from phase to phase), and max_maps is tight at
+// times.
+//
 //   stress_test [--seconds N] [--seed S] [--threads N] [--pages N] [--phase A|B|C|AB...] [--dir D] [--zram] [--keep-going]
 //               [--without NAME,...] [--regions KIND,...]   (operations and threads to leave out, kinds of memory to use)
 //
@@ -195,6 +198,7 @@ void RunPhase(const Phase& phase) {
     SetTunable("cpu_limit_percent", 100);
     SetTunable("sleep_millisecs", 0);
     SetTunable("remerge_seconds", phase.remerge_seconds);
+    SetTunable("thp_min_duplicates", phase.thp_min_duplicates);
   });
   if (g.failed.load() && !g.options.keep_going) return;
   g.library_on.store(true);
@@ -216,6 +220,8 @@ void RunPhase(const Phase& phase) {
   threads.Start("merger", Merger);
   threads.Start("observer", Observer);
   threads.Start("closer", Closer);
+  threads.Start("budget", MapBudget);
+  threads.Start("thp", HugePages);
 
   // Its targets have to be there until the last signal is sent: it is joined before they are.
   std::thread signaller([&] {
@@ -267,6 +273,8 @@ int Report(double seconds) {
   };
   print("children", t.children), print("signals", t.signals), print("close_range", t.closed);
   print("merge_calls", t.merge_calls), print("merge_results", t.merge_results), print("ring_registers", t.ring_registers);
+  print("huge_pages", t.huge), print("huge_pages_split", t.huge_split);
+  print("max_maps_changes", t.budget_changes), print("map_budget_met", t.budget_met);
   print("robust", t.robust), print("futex_pi", t.priority), print("exit_words", t.exit_words), print("paged_out", t.swapped_out);
   printf("\nstress_test: documented limits met:");
   print("proc_mem_EIO", t.proc_mem_refused), print("futex_pi_EFAULT", t.priority_refused);
@@ -278,7 +286,8 @@ int Report(double seconds) {
          static_cast<long long>(g_totals.merged), static_cast<long long>(g_totals.broken),
          static_cast<long long>(g_totals.remerged), static_cast<long long>(g_totals.discards),
          static_cast<long long>(g_totals.scans), static_cast<long long>(g_totals.gates), static_cast<long long>(g_totals.gate_max));
-  // Of ten minutes: 50,000 merges, 20,000 breaks, 1,000 merged again in place; of less, its part; a sanitizer's fifth.
+  // Of ten minutes: 50,000 merges, 20,000 breaks, 1,000 merged again in place, 100 refusals, 20 huge pages split;
+  // of less, its part; a sanitizer's fifth.
   const double share = std::min(1.0, g.options.seconds / 600) * (test::kSanitized ? 0.2 : 1);
   const bool all_phases = g.options.phases.find('B') != std::string::npos;
   const auto enough = [&](const char* what, std::int64_t have, double want) {
@@ -290,6 +299,8 @@ int Report(double seconds) {
     enough("merges", g_totals.merged, 50000);
     enough("breaks", g_totals.broken, 20000);
     if (all_phases) enough("merges again in place", g_totals.remerged, 1000);
+    if (t.budget_changes != 0) enough("refusals for want of mappings", static_cast<std::int64_t>(t.budget_met), 100);
+    if (t.huge != 0) enough("huge pages split", static_cast<std::int64_t>(t.huge_split), 20);
   }
   printf("stress_test: %s\n", g.failed.load() ? "FAILED" : "passed");
   return g.failed.load() ? 1 : 0;
@@ -321,11 +332,11 @@ int Main(int argc, char** argv) {
   const bool all = g.options.phases == "ABC";
   for (char name : g.options.phases) {
     const double part = all ? (name == 'A' ? 0.5 : name == 'B' ? 0.35 : 0.15) : 1.0 / static_cast<double>(g.options.phases.size());
-    Phase phase = {name, g.options.seconds * part, 2, true, true};
-    if (name == 'B') phase = {name, g.options.seconds * part, 0, false, true};
+    Phase phase = {name, g.options.seconds * part, 2, true, true, 64};
+    if (name == 'B') phase = {name, g.options.seconds * part, 0, false, true, 8};
     if (name == 'C') {
       if (g.direct_file >= 0) close(g.direct_file);
-      phase = {name, g.options.seconds * part, 2, false, false};
+      phase = {name, g.options.seconds * part, 2, false, false, 2};
     }
     RunPhase(phase);
     if (g.failed.load() && !g.options.keep_going) break;
