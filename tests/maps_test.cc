@@ -173,23 +173,29 @@ void* SetFlag(void* flag) {
 }
 
 // What a program does that needs mappings: one of a protection that joins no neighbour, and a thread's stack.
-void ExpectProgramCanMap() {
+void ExpectProgramCanMap(int line = __builtin_LINE()) {
+  SCOPED_TRACE(line);
   void* p = mmap(nullptr, PageSize(), PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   ASSERT_NE(p, MAP_FAILED) << strerror(errno);
   FillPage(p, 1);
   EXPECT_TRUE(PageIs(p, 1));
+  // As libc makes a stack, but given back: libc keeps its own for the next thread.
+  constexpr std::size_t kStack = 1 << 20;
+  void* stack = mmap(nullptr, kStack, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK | MAP_NORESERVE, -1, 0);
+  ASSERT_NE(stack, MAP_FAILED) << strerror(errno);
+  ASSERT_EQ(mprotect(static_cast<char*>(stack) + PageSize(), kStack - PageSize(), PROT_READ | PROT_WRITE), 0)
+      << strerror(errno);
   std::atomic<bool> ran = false;
   pthread_attr_t attributes;
   pthread_attr_init(&attributes);
-  // A size of which libc has no stack left over.
-  static std::size_t size = 1 << 20;
-  pthread_attr_setstacksize(&attributes, size += 1 << 16);
+  pthread_attr_setstack(&attributes, static_cast<char*>(stack) + PageSize(), kStack - PageSize());
   pthread_t thread;
   const int error = pthread_create(&thread, &attributes, SetFlag, &ran);
   pthread_attr_destroy(&attributes);
   EXPECT_EQ(error, 0) << strerror(error);
   if (error == 0) pthread_join(thread, nullptr);
   EXPECT_EQ(ran.load(), error == 0);
+  EXPECT_EQ(munmap(stack, kStack), 0);
   EXPECT_EQ(munmap(p, PageSize()), 0);
 }
 
