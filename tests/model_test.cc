@@ -42,6 +42,7 @@ Result RunRefused(std::uint64_t seed, const std::string& call) {
   trace.config.refused = call;
   trace.config.refused_from = seed % 2 == 0 ? 0 : static_cast<int>(trace.ops.size() / 2);
   if (call == "Continue") trace.config.forks = false;  // a child's frame that was swapped out is mapped by nothing else
+  if (call == "Copy") trace.config.forks = false;  // nothing else gives a child what was out of its place when it was forked
   trace.config.fail_percent = 0;
   for (Op& op : trace.ops) {
     // Nothing else than clearing the protection ends a synchronous break.

@@ -36,6 +36,7 @@ struct Child {
   os::Context context = -1;
   bool sync = false;
   bool before_settled = false;  // forked while the scanner was taking pages out: it waits for those until it is served
+  bool being_served = false;
   DiscardSet discards;
 };
 

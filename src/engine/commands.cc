@@ -167,6 +167,7 @@ bool Engine::Exclude(Span span, const base::OwnVector<Region>& parts) {
 
 // The tracker lets go of the anonymous part of the span.
 void Engine::Untrack(Span span) {
+  gate_.Repair();
   ForEachMapping(system_, span, [&](Span part, const os::Mapping& mapping) {
     if (!mapping.anonymous || mapping.shared) return;
     // Only what is ours: a range in no region was never registered.
@@ -422,13 +423,14 @@ void Engine::DetachEverything() {
         a += page_;
         continue;
       }
+      const Region* region = regions_.Find(a);
+      const Address limit = region ? std::min(end_of_segment, region->end) : end_of_segment;
       Address end = a + page_;
-      while (end < end_of_segment && (end - a) / page_ < kMaxRunPages && may(end) &&
+      while (end < limit && (end - a) / page_ < kMaxRunPages && may(end) &&
              table_.Load(end).state() == first.state() &&
              table_.Load(end).value() == first.value() + (end - a) / page_) {
         end += page_;
       }
-      const Region* region = regions_.Find(a);
       if (region && region->kind != Region::kReleased && LeavesMappings(kUnmergingLeaves) &&
           system_.AvailableMemory() > kMemoryReserve) {
         const Region copy = *region;
@@ -525,6 +527,7 @@ int Engine::Discard(Span span) {
       segment->unsettled = 1;
     }
   }
+  CountMappings(true);
   Region part;
   for (Address at = span.start; !error && NextIn(span, &at, &part);) {
     if (part.kind == Region::kMergeable) TendDropped(part, part.span());

@@ -22,6 +22,7 @@ namespace ksmu::engine {
 
 namespace {
 constexpr int kFillTries = 1000;
+constexpr std::size_t kFillPages = 16;  // at a time: events are read by nobody meanwhile
 constexpr int kLeaveTries = 8;
 constexpr std::uint32_t kLandingModes = os::kMissing | os::kWriteProtect;
 
@@ -89,24 +90,32 @@ bool Engine::IsEmpty(Span span) {
 
 // Moves the empty mapping into the run's place. It is empty and registered all along: whatever is discarded or touched in
 // the meantime is marked, or waits, as before.
-bool Engine::Land(Span landing) {
+bool Engine::Land(Span landing, bool* used) {
+  *used = false;
   const Span run = hold_.run;
   // The protection may have been changed since it was looked at: copying takes its time.
   os::Mapping current;
   if (system_.QueryMapping(run.start, &current) != 0 || current.start > run.start || current.end < run.end() ||
-      !pool_.IsPoolMapping(current)) {
+      current.executable || !pool_.IsPoolMapping(current)) {
     return false;
   }
   if (ProtectionOf(current) != os::Protection::kReadWrite) system_.Protect(landing, ProtectionOf(current));
   {
-    // A child that is forked from here on may find no frame in its place, and gets copies of all.
     std::lock_guard lock(events_mutex_);
+    if (NowAt(run.start) != run.start) return false;
+    // A child that is forked from here on may find no frame in its place, and gets copies of all.
     hold_.copied = true;
-    own_move_from_.store(landing.start, std::memory_order_release);
   }
-  const bool landed = system_.MoveMapping(landing.start, landing.bytes, run.start) == 0;
+  *used = MoveOwn(landing.start, landing.bytes, run.start) == 0;
+  bool landed = *used;
+  // The program can have moved the run away at this very moment. Then the mapping of the frames is where it has gone to, and
+  // what has landed is in nobody's place.
+  const Address now = WhereNow(run.start);
+  if (landed && now != run.start && (system_.QueryMapping(now, &current) != 0 || current.start > now || pool_.IsPoolMapping(current))) {
+    system_.Unmap(run);
+    landed = false;
+  }
   std::lock_guard lock(events_mutex_);
-  own_move_from_.store(0, std::memory_order_release);
   hold_.copied = landed;
   return landed;
 }
@@ -143,15 +152,19 @@ void Engine::FillHeld(os::Context breaker) {
   const std::size_t n = run.bytes / page_;
   const auto wanted = [&](std::size_t i) { return held_filled_[i] && !table_.Load(run.start + i * page_).discarded(); };
   int tries = 0;
-  std::size_t most = n;
+  std::size_t most = kFillPages;
   for (std::size_t i = 0, end = 0; i < n;) {
     int error = 0;
+    std::size_t asked;
     {
       std::lock_guard lock(events_mutex_);
       while (i < n && !wanted(i)) ++i;
       for (end = i; end < n && end - i < most && wanted(end);) ++end;
       if (i == n) break;
-      const os::Partial copied = system_.Copy(breaker, run.start + i * page_, buffer_ + i * page_, (end - i) * page_, false);
+      const Address at = NowAt(run.start + i * page_);
+      if (move_count_.load(std::memory_order_relaxed)) end = i + 1;
+      const os::Partial copied = system_.Copy(breaker, at, buffer_ + i * page_, (end - i) * page_, false);
+      asked = end - i;
       if (copied.done) tries = 0;
       i += copied.done / page_;
       error = copied.error;
@@ -161,8 +174,10 @@ void Engine::FillHeld(os::Context breaker) {
       ++i;  // the breaker is closed, and somebody has come in between
       continue;
     }
-    if (error == -ENOENT && most > 1) {
-      most = 1;  // more than one mapping, or part of it gone: each page for itself
+    if (error == -ENOENT) {
+      // More than one mapping, or part of it gone: each page for itself. One that is not the breaker's is not ours any more.
+      if (asked == 1) ++i;
+      most = 1;
       continue;
     }
     // An event is unread, or there is no memory. Where discards leave no instant, and where no breaker holds the place any
@@ -175,7 +190,8 @@ void Engine::FillHeld(os::Context breaker) {
 
 // As a copy, but in a mapping that nobody watches: under events_mutex_, so that no discard is let through before it is there.
 bool Engine::FillByMoving(std::size_t first, std::size_t end) {
-  const Span part{hold_.run.start + first * page_, (end - first) * page_};
+  const Address place = hold_.run.start + first * page_;
+  const Span part{WhereNow(place), (end - first) * page_};
   os::Mapping there;
   const int unknown = system_.QueryMapping(part.start, &there);
   // Gone, or a stranger's by now: there is nothing to fill.
@@ -191,7 +207,7 @@ bool Engine::FillByMoving(std::size_t first, std::size_t end) {
     std::lock_guard lock(events_mutex_);
     for (std::size_t i = first; i < end; ++i) {
       const std::size_t offset = (i - first) * page_;
-      if (table_.Load(part.start + offset).discarded()) std::memset(bytes + offset, 0, page_);
+      if (table_.Load(place + offset).discarded()) std::memset(bytes + offset, 0, page_);
     }
     if (ProtectionOf(there) != os::Protection::kReadWrite) system_.Protect({from, part.bytes}, ProtectionOf(there));
     moved = system_.MoveMapping(from, part.bytes, part.start) == 0;
@@ -253,7 +269,9 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
   if (int error = system_.QueryMapping(run.start, &mapping)) return error;
   Address until = 0;
   const os::Attributes attributes = FindAttributes(run.start, &until);
-  if (mapping.executable || attributes.locked || attributes.sealed || until < run.end()) return -EOPNOTSUPP;
+  if (mapping.executable || attributes.locked || attributes.sealed || attributes.protection_key || until < run.end()) {
+    return -EOPNOTSUPP;
+  }
   KSMU_TEST_POINT("detach.begin", run.start, run.bytes);
   const Region* owner = regions_.Find(run.start);
   // A region that is being given up is still tracked.
@@ -275,9 +293,10 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
   }
   KSMU_TEST_POINT("detach.taken", run.start, run.bytes);
   system_.Protect({hold_.taken_to, run.bytes}, os::Protection::kReadWrite);
-  if (!CopyHeld() || !Land(landing)) {
+  bool used = false;
+  if (!CopyHeld() || !Land(landing, &used)) {
     UndoDetach();
-    system_.Unmap(landing);
+    if (!used) system_.Unmap(landing);
     return -ENOMEM;
   }
   KSMU_TEST_POINT("detach.replaced", run.start, run.bytes);
@@ -287,17 +306,22 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
   const Span around = joined ? Span{std::min(beside, run.start), run.bytes + page_} : run;
   FillHeld(breaker);
   KSMU_TEST_POINT("detach.filled", run.start, run.bytes);
+  // The program may have moved it since.
+  const Span gone{WhereNow(run.start), run.bytes};
+  const bool moved = gone.start != run.start;
   int left = -ENOMEM;
   for (int attempt = 0; left == -ENOMEM && attempt < kLeaveTries; ++attempt) left = system_.Unregister(breaker, around);
+  if (moved) system_.Unregister(breaker, gone);
   KSMU_TEST_POINT("detach.left", run.start, run.bytes);
   LetGoOfDetached(region, joined ? beside : 0, breaker);
   if (left != 0) {
-    gate_.AddRepair(around, tracked ? os::kTracker : os::kNoContext, os::kWriteProtect, breaker);
+    if (!moved) gate_.AddRepair(around, tracked ? os::kTracker : os::kNoContext, os::kWriteProtect, breaker);
   } else if (tracked) {
     if (int refused = system_.Register(os::kTracker, around, os::kWriteProtect); refused && refused != -ENOENT) {
       gate_.AddRepair(around, os::kTracker, os::kWriteProtect);
     }
   }
+  if (tracked && moved) system_.Register(os::kTracker, gone, os::kWriteProtect);
   KSMU_TEST_POINT("detach.tracked", run.start, run.bytes);
   KSMU_TEST_POINT("detach.opened", run.start, run.bytes);
   return 0;

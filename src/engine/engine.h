@@ -136,6 +136,9 @@ class Engine {
     Address page;
     frames::Frame frame;
   };
+  struct Moved {
+    Address from, end, to;
+  };
   struct Bitmaps {
     std::array<std::uint64_t, kMaxSegmentPages / 64> present{}, written{}, zero{};
   };
@@ -221,7 +224,7 @@ class Engine {
   Address PageBeside(const Region& region, Span run, const os::Mapping& mapping);
   bool CopyHeld();
   bool IsEmpty(Span span);
-  bool Land(Span landing);
+  bool Land(Span landing, bool* used);
   bool JoinBeside(Address beside, os::Context breaker, bool tracked);
   void FillHeld(os::Context breaker);
   bool FillByMoving(std::size_t first, std::size_t end);
@@ -231,11 +234,14 @@ class Engine {
 
   // hold.cc
   void NoteWritten(Span taken);
+  int MoveOwn(Address from, std::size_t bytes, Address to);
+  void EndOwnMove(Address to);
   bool TakeFromRun(Span run, PageState expected);
   void ReturnHeld(std::size_t i);
   void MoveBackHeld(std::size_t i);
-  bool MoveBack(std::size_t i);
+  bool MoveBack(std::size_t i, Address at);
   void LetGo();
+  void WakeRun(Span run);
   void UnmapTaken(Address taken_to, std::size_t bytes);
   bool IsZapped(Address a);
   bool HasCopy(Address a);
@@ -255,6 +261,7 @@ class Engine {
   void HandleContext(os::Context context, Child* child);
   void OnRemove(os::Context context, Address start, Address end);
   void OnRemap(const os::Event& event);
+  void NoteMove(const Moved& moved);
   void OnFork(os::Context context, Child* parent, os::Context child);
   void ServeHold(Child* child);
   void OnFault(os::Context context, Child* child, const os::Event& event);
@@ -265,6 +272,8 @@ class Engine {
   bool EventsPending(std::uint64_t until);
   std::uint64_t Patience() const;
   Address Translate(Address a) const;
+  Address NowAt(Address a) const;
+  Address WhereNow(Address a);
   bool LeftBehind(Address a) const;
 
   os::Context BreakerOf(const Region& region) const { return region.sync_break ? os::kSyncBreaker : os::kBreaker; }
@@ -363,10 +372,10 @@ class Engine {
   std::array<bool, kMaxRunPages> held_filled_{};  // which are not to read as zeros; scanner, and events once hold_.copied
   std::byte* event_scratch_ = nullptr;       // one page; event thread
   std::uint64_t children_checked_at_ = 0;    // event thread
-  std::atomic<Address> own_move_from_{0};    // a mapping that the scanner itself is moving
-  struct Moved {
-    Address from, end, to;
-  };
+  // Of a mapping that the scanner itself is moving: its events, and those of the program's own move from the same place.
+  std::atomic<Address> own_move_from_{0};
+  std::array<Moved, 4> own_moves_seen_{};
+  std::size_t own_moves_seen_count_ = 0;     // under events_mutex_
   static constexpr std::size_t kMaxMoves = 4096;
   std::array<Moved, kMaxMoves>* moves_ = nullptr;  // of the program, not yet followed; under events_mutex_
   std::atomic<std::size_t> move_count_{0};

@@ -278,6 +278,8 @@ void Engine::OnFork(os::Context context, Child* parent, os::Context child_contex
   }
   Add(counters_.children, 1);
   if (parent) {
+    // Forked before its parent had everything: it is served too, and what it has inherited is there already.
+    child->before_settled = parent->before_settled || parent->being_served;
     child->discards.CopyFrom(parent->discards);
     return;
   }
@@ -302,6 +304,7 @@ void Engine::ServeHold(Child* child) {
   // mark before the marks have been cleared: the child is served then, and what it touches of the run waits.
   child->before_settled = hold_.run.bytes && !hold_.settled;
   if (child->before_settled) return;
+  child->being_served = true;
   for (Address a = hold_.run.start; a < hold_.run.end(); a += page_) {
     const Page page = table_.Load(a);
     // What had been discarded when the event was read; a discard since then is the parent's alone.
@@ -319,7 +322,8 @@ void Engine::ServeHold(Child* child) {
     for (int attempt = 0; attempt < 100; ++attempt) {
       if (hold_.copied || system_.ReadProgram(where, event_scratch_, page_) == page_) {
         const std::byte* const bytes = hold_.copied ? buffer_ + i * page_ : event_scratch_;
-        const int error = system_.Copy(child->context, a, bytes, page_, true).error;
+        int error = system_.Copy(child->context, a, bytes, page_, true).error;
+        if (error == -ENOENT && NowAt(a) != a) error = system_.Copy(child->context, NowAt(a), bytes, page_, true).error;
         if (error != -EAGAIN && error != -ENOMEM) break;
       }
       HandleContext(child->context, child);  // it is discarding, moving or forking already
@@ -327,14 +331,22 @@ void Engine::ServeHold(Child* child) {
       system_.Yield();
     }
   }
+  child->being_served = false;
   system_.Wake(child->context, hold_.run);
+  for (std::size_t k = 0; k < children_.size(); ++k) {
+    if (children_[k]->before_settled) ServeHold(children_[k]);
+  }
 }
 
 void Engine::OnRemap(const os::Event& event) {
   if (event.start == own_move_from_.load(std::memory_order_acquire)) {
-    if (event.start == hold_.run.start) hold_.taken_to = event.to;
+    if (own_moves_seen_count_ < own_moves_seen_.size()) own_moves_seen_[own_moves_seen_count_++] = {event.start, event.end, event.to};
     return;
   }
+  NoteMove({event.start, event.end, event.to});
+}
+
+void Engine::NoteMove(const Moved& moved) {
   const std::size_t n = move_count_.load(std::memory_order_relaxed);
   if (n == kMaxMoves) {
     // Thousands of moves while the scanner did not run once. From here on no frame is given back and nothing is forgotten;
@@ -342,7 +354,7 @@ void Engine::OnRemap(const os::Event& event) {
     lost_moves_.store(true, std::memory_order_relaxed);
     return;
   }
-  (*moves_)[n] = {event.start, event.end, event.to};
+  (*moves_)[n] = moved;
   move_count_.store(n + 1, std::memory_order_release);
 }
 
@@ -363,6 +375,21 @@ Address Engine::Translate(Address a) const {
     if (a >= moved.to && a - moved.to < moved.end - moved.from) a = moved.from + (a - moved.to);
   }
   return a;
+}
+
+// Where a page of the hold has been moved to, as far as the events tell that have been read. Under events_mutex_.
+Address Engine::NowAt(Address a) const {
+  const std::size_t n = move_count_.load(std::memory_order_relaxed);
+  for (std::size_t i = 0; i < n; ++i) {
+    const Moved& moved = (*moves_)[i];
+    if (a >= moved.from && a < moved.end) a = moved.to + (a - moved.from);
+  }
+  return a;
+}
+
+Address Engine::WhereNow(Address a) {
+  std::lock_guard lock(events_mutex_);
+  return NowAt(a);
 }
 
 // A fork whose event has not been handled yet has copied mappings of which only we know what was discarded in them. Called
@@ -399,6 +426,7 @@ bool Engine::ApplyMoves() {
     region.owned = false;
     if (to.end() > PageTable::kLimit || !table_.MakeRange(to) || !regions_.Set(region)) return false;
     excluded_.Erase(to);
+    for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) system_.Wake(breaker, to);
     // The program's own MREMAP_DONTUNMAP leaves the old mapping: empty, but over the frames still.
     os::Mapping left;
     const bool stays = system_.QueryMapping(moved.from, &left) == 0 && left.start <= moved.from;

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cerrno>
 
 #include "base/test_point.h"
@@ -17,6 +18,25 @@ namespace ksmu::engine {
 
 namespace {
 constexpr int kCopyTries = 1000;
+}
+
+// Moves a mapping that is registered with a breaker: waits until the event has been read.
+int Engine::MoveOwn(Address from, std::size_t bytes, Address to) {
+  own_move_from_.store(from, std::memory_order_release);
+  const int error = system_.MoveMapping(from, bytes, to);
+  // The event has been read, but only with the mutex is it certain that the event thread has looked at it.
+  std::lock_guard lock(events_mutex_);
+  EndOwnMove(error ? 0 : to);
+  return error;
+}
+
+// What was seen from the same place and did not go to `to` was the program's.
+void Engine::EndOwnMove(Address to) {
+  own_move_from_.store(0, std::memory_order_release);
+  for (std::size_t i = 0; i < own_moves_seen_count_; ++i) {
+    if (own_moves_seen_[i].to != to) NoteMove(own_moves_seen_[i]);
+  }
+  own_moves_seen_count_ = 0;
 }
 
 // Takes the pages of a run out of their place: accesses wait in the breaker until LetGo, by when the caller has put
@@ -29,8 +49,10 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
   if (gate_.NeedsRepair() && !gate_.Repair()) return false;
   os::Mapping mapping;
   if (system_.QueryMapping(run.start, &mapping) != 0 || mapping.end < run.end()) return false;
+  // A word on it that the kernel has to write for a thread which cannot wait would not be written.
+  if (system_.NowNanoseconds() > unwaitable_until_) RefreshUnwaitable();
   for (Address a = run.start; a < run.end(); a += page_) {
-    if (!pool_.Shows(mapping, a, table_.Load(a).value())) return false;
+    if (!pool_.Shows(mapping, a, table_.Load(a).value()) || Unwaitable(a)) return false;
   }
   KSMU_TEST_POINT("remerge.begin", run.start, run.bytes);
   const std::uint32_t now = NowSeconds();
@@ -40,7 +62,8 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
       const Page page = table_.Load(a);
       // What the caller has judged must be what is taken.
       if (page.state() != expected || page.busy()) return false;
-      if (expected != PageState::kDropped && page.discarded() && !OldEnough(page, now, 0)) return false;
+      // Used and discarded again since: that its zap is still to come shows in what is there.
+      if (expected == PageState::kDropped ? !IsZapped(a) : page.discarded() && !OldEnough(page, now, 0)) return false;
     }
     std::size_t i = 0;
     for (Address a = run.start; a < run.end(); a += page_, ++i) {
@@ -58,9 +81,8 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
   Address to = 0;
   own_move_from_.store(run.start, std::memory_order_release);
   const int error = system_.TakePages(run, &to);
-  // The event has been read, but only with the mutex is it certain that the event thread has looked at it.
   std::unique_lock lock(events_mutex_);
-  own_move_from_.store(0, std::memory_order_release);
+  EndOwnMove(error ? 0 : to);
   if (error) {
     LetGo();
     return false;
@@ -70,15 +92,27 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
   lock.unlock();
   NoteWritten({to, run.bytes});
   // Where nothing is a mark may lie, and looks like a private page that is swapped out.
+  const std::uint64_t patience = Patience();
+  bool cleared = true;
   for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
-    while (system_.WriteProtect(breaker, {to, run.bytes}, false) == -EAGAIN) system_.Yield();
+    while (system_.WriteProtect(breaker, {to, run.bytes}, false) == -EAGAIN && cleared) {
+      cleared = system_.NowNanoseconds() < patience;
+      system_.Yield();
+    }
   }
   lock.lock();
   hold_.settled = true;
   for (std::size_t k = 0; k < children_.size(); ++k) {
     if (children_[k]->before_settled) ServeHold(children_[k]);
   }
-  return true;
+  if (cleared) return true;
+  // Where threads discard without a pause there is no instant without an event: the pages go back as they are.
+  lock.unlock();
+  for (std::size_t i = 0; i < run.bytes / page_; ++i) MoveBackHeld(i);
+  lock.lock();
+  LetGo();
+  UnmapTaken(to, run.bytes);
+  return false;
 }
 
 // Gives up the place where the pages of a hold were, but for the holes that pages have left which were moved back: those
@@ -114,10 +148,23 @@ void Engine::LetGo() {
   for (std::size_t k = 0; k < children_.size(); ++k) {
     if (!children_[k]->before_settled) continue;
     children_[k]->before_settled = false;
+    for (i = 0; i < run.bytes / page_; ++i) {
+      if (held_marks_[i]) children_[k]->discards.Add(run.start + i * page_, std::countr_zero(page_));
+    }
     system_.Wake(children_[k]->context, run);
   }
-  system_.Wake(os::kBreaker, run);
-  system_.Wake(os::kSyncBreaker, run);
+  WakeRun(run);
+}
+
+// Those who wait on the run, also where the program has moved it meanwhile.
+void Engine::WakeRun(Span run) {
+  for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
+    system_.Wake(breaker, run);
+    if (move_count_.load(std::memory_order_relaxed) == 0) continue;
+    for (Address a = run.start; a < run.end(); a += page_) {
+      if (NowAt(a) != a) system_.Wake(breaker, {NowAt(a), page_});
+    }
+  }
 }
 
 // Puts page i of the hold back where it was. Returns when it is there, or known to be discarded.
@@ -125,15 +172,17 @@ void Engine::ReturnHeld(std::size_t i) {
   const Address a = hold_.run.start + i * page_;
   const Address from = hold_.taken_to + i * page_;
   for (int attempt = 0;; ++attempt, system_.Yield()) {
+    Address at;
     const bool readable = system_.ReadProgram(from, scratch_, page_) == page_;
     {
       std::lock_guard lock(events_mutex_);
       if (table_.Load(a).discarded()) return;
+      at = NowAt(a);
       int error = -EINVAL;
       if (readable) {
         // The copy is refused while an event is unread, so it cannot undo a discard that has already been let through.
         for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
-          const os::Partial copied = system_.Copy(breaker, a, scratch_, page_, false);
+          const os::Partial copied = system_.Copy(breaker, at, scratch_, page_, false);
           if (copied.done == page_ || copied.error == -EEXIST) return;
           if (error == -EINVAL || copied.error == -EAGAIN) error = copied.error;
         }
@@ -144,27 +193,20 @@ void Engine::ReturnHeld(std::size_t i) {
     // copy: it goes back itself. Until it has there is no way out of here, nothing else keeps the bytes; unless the place
     // is gone.
     os::Mapping mapping;
-    const int unknown = system_.QueryMapping(a, &mapping);
-    if (unknown == -ENOENT || (!unknown && !pool_.Shows(mapping, a, table_.Load(a).value()))) return;
-    if (!unknown && MoveBack(i)) return;
+    const int unknown = system_.QueryMapping(at, &mapping);
+    if (unknown == -ENOENT || (!unknown && !pool_.Shows(mapping, at, table_.Load(a).value()))) return;
+    if (!unknown && MoveBack(i, at)) return;
   }
 }
 
 // The page itself, pins and all, to its place; registered all along. A discard that is let through in the meantime may find
 // the place still empty: then it is done over.
-bool Engine::MoveBack(std::size_t i) {
+bool Engine::MoveBack(std::size_t i, Address at) {
   const Address a = hold_.run.start + i * page_;
   const Address from = hold_.taken_to + i * page_;
-  own_move_from_.store(from, std::memory_order_release);
-  const bool moved = system_.MoveMapping(from, page_, a) == 0;
-  bool discarded;
-  {
-    std::lock_guard lock(events_mutex_);
-    own_move_from_.store(0, std::memory_order_release);
-    held_moved_[i] = moved;
-    discarded = table_.Load(a).discarded();
-  }
-  if (moved && discarded) system_.Discard({a, page_});
+  const bool moved = MoveOwn(from, page_, at) == 0;
+  held_moved_[i] = moved;
+  if (moved && table_.Load(a).discarded()) system_.Discard({at, page_});
   return moved;
 }
 
@@ -173,17 +215,22 @@ void Engine::MoveBackHeld(std::size_t i) {
   const Address a = hold_.run.start + i * page_;
   const Address from = hold_.taken_to + i * page_;
   for (const std::uint64_t until = Patience();; system_.Yield()) {
+    Address at;
     {
       std::lock_guard lock(events_mutex_);
       if (table_.Load(a).discarded()) return;
       if (EventsPending(until)) continue;
+      at = NowAt(a);
     }
     os::Mapping there;
-    const bool known = system_.QueryMapping(a, &there) == 0 && there.start <= a;
-    if (known && !(there.readable && there.writable)) {
+    const int unknown = system_.QueryMapping(at, &there);
+    // Gone, or a stranger's by now.
+    if (unknown == -ENOENT || (!unknown && !pool_.Shows(there, at, table_.Load(a).value()))) return;
+    if (!unknown && there.executable) return ReturnHeld(i);  // moved, it would lose that
+    if (!unknown && !(there.readable && there.writable)) {
       system_.Protect({from, page_}, there.readable ? os::Protection::kRead : os::Protection::kNone);
     }
-    if (!MoveBack(i)) ReturnHeld(i);  // refused: a copy keeps the bytes at least
+    if (!MoveBack(i, at)) ReturnHeld(i);  // refused: a copy keeps the bytes at least
     return;
   }
 }

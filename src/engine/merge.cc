@@ -35,8 +35,10 @@ void Engine::CountMappings(bool again) {
 // That a part of the kernel's limit, 1/part of it, stays the program's.
 bool Engine::LeavesMappings(std::size_t part) const {
   const std::size_t limit = max_mappings_ - max_mappings_ / part;
-  const auto since = static_cast<std::ptrdiff_t>(maps_used_.load(std::memory_order_relaxed) - maps_at_pass_);
-  return static_cast<std::ptrdiff_t>(mappings_at_pass_) + 2 * since + 4 < static_cast<std::ptrdiff_t>(limit);
+  // What has ended since may have left its mappings behind.
+  const std::size_t used = maps_used_.load(std::memory_order_relaxed);
+  const std::size_t since = used > maps_at_pass_ ? used - maps_at_pass_ : 0;
+  return mappings_at_pass_ + 2 * since + 4 < limit;
 }
 
 bool Engine::BudgetAllows() const {
@@ -449,14 +451,8 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
     if (ours) {
       KSMU_TEST_POINT("merge.attach", run.start, run.bytes);
       if (prepared) {
-        own_move_from_.store(prepared, std::memory_order_release);
-        attach_error = system_.MoveMapping(prepared, part.bytes, at);
+        attach_error = MoveOwn(prepared, part.bytes, at);
         if (attach_error == 0) attached = equal;
-        {
-          // The event has been read, but only with the mutex is it certain that the event thread has looked at it.
-          std::lock_guard lock(events_mutex_);
-          own_move_from_.store(0, std::memory_order_release);
-        }
         KSMU_TEST_POINT("merge.attached", run.start, run.bytes);
       } else {
         attach_error = AttachFast(region, part, frame, attributes);

@@ -48,10 +48,12 @@ void Engine::TendDropped(const Region& region, Span span) {
           if (next.state() != PageState::kDropped || next.busy() || !IsZapped(end) || next.value() != first.value() + (end - at) / page_) break;
           end += page_;
         }
-        CountMappings(false);
-        if (!LeavesMappings(kTendingLeaves)) return;
         os::Mapping mapping;
-        if (system_.QueryMapping(at, &mapping) == 0 && mapping.readable && mapping.writable) Detach(region, {at, end - at}, PageState::kDropped);
+        if (system_.QueryMapping(at, &mapping) == 0 && mapping.readable && mapping.writable) {
+          CountMappings(false);
+          if (!LeavesMappings(kTendingLeaves)) return;
+          Detach(region, {at, end - at}, PageState::kDropped);
+        }
       }
       at = end;
     }

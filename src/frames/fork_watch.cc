@@ -13,9 +13,12 @@ bool ForkWatch::Begin() { return count_ < kMaxEpochs && AddCanary() == 0; }
 int ForkWatch::AddCanary() {
   os::Address page = 0;
   if (int error = system_.MapAnonymous(0, system_.PageSize(), os::Protection::kReadWrite, &page)) return error;
-  *reinterpret_cast<volatile unsigned char*>(page) = 1;
-  system_.Lock({page, system_.PageSize()});
-  canaries_[count_++] = {.page = page};
+  // Nothing may give it to the child, or to us, as a copy: no huge page collapses it, and its content is its own, so that
+  // KSM merges it with no other canary.
+  system_.ApplyAttributes({page, system_.PageSize()}, {.no_huge_page = true});
+  *reinterpret_cast<volatile std::uint64_t*>(page) = system_.NowNanoseconds() | 1;
+  const bool locked = system_.Lock({page, system_.PageSize()}) == 0;
+  canaries_[count_++] = {.page = page, .lost = !locked};
   return 0;
 }
 

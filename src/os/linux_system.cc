@@ -437,22 +437,21 @@ int LinuxSystem::MapAnonymous(Address at, std::size_t bytes, Protection protecti
 }
 
 int LinuxSystem::MapApart(std::size_t bytes, bool no_reserve, Address* out) {
-  // Where the kernel puts a mapping it joins it to what lies there, and with that to its anon_vma. Between two pages of
-  // another kind there is nothing to join.
+  // Where the kernel puts a mapping it joins it to what lies there, and with that to its anon_vma. Between two inaccessible
+  // pages there is nothing to join.
   const std::size_t page = PageSize();
-  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS;
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | (no_reserve ? MAP_NORESERVE : 0);
   Address around = 0;
-  if (int error = raw::Mmap(0, bytes + 2 * page, PROT_NONE, kFlags | MAP_NORESERVE, -1, 0, &around)) {
+  if (int error = raw::Mmap(0, bytes + 2 * page, PROT_NONE, flags, -1, 0, &around)) {
     return refusals_.Note(Refusals::kMmap, error);
   }
-  const int error = raw::Mmap(around + page, bytes, PROT_READ | PROT_WRITE,
-                              kFlags | MAP_FIXED | (no_reserve ? MAP_NORESERVE : 0), -1, 0, out);
-  if (error) {
+  if (int error = Protect({around + page, bytes}, Protection::kReadWrite)) {
     Unmap({around, bytes + 2 * page});
-    return refusals_.Note(Refusals::kMmap, error);
+    return error;
   }
   Unmap({around, page});
   Unmap({around + page + bytes, page});
+  *out = around + page;
   return 0;
 }
 
