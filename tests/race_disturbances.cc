@@ -324,6 +324,34 @@ void EndHold(Case& c, const char* expected) {
 void EndHoldReadOnly(Case& c) { EndHold(c, "r--p"); }
 void EndHoldNone(Case& c) { EndHold(c, "---p"); }
 
+// Away and back again, a look at it in between.
+void MoveRun(Case& c) {
+  const auto start = c.control().address.load();
+  const std::size_t first = (start - reinterpret_cast<std::uintptr_t>(c.memory())) / c.page_size();
+  const std::size_t pages = c.control().bytes.load() / c.page_size();
+  if (first >= Case::kPages || pages == 0 || first + pages > Case::kPages) return c.Fail("the point's run is no run");
+  const std::size_t bytes = pages * c.page_size();
+  void* away = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  for (std::size_t i = first; i < first + pages; ++i) c.SetUnreadable(i, true);
+  if (mremap(c.page(first), bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, away) == MAP_FAILED) {
+    return c.Fail("mremap: %s", strerror(errno));
+  }
+  for (std::size_t i = 0; i < pages; ++i) {
+    if (memcmp(static_cast<unsigned char*>(away) + i * c.page_size(), c.shadow(first + i), c.page_size()) != 0) {
+      c.Fail("page %zu is wrong where it was moved to", first + i);
+    }
+  }
+  // Where pages came to lie in mappings of their own, each goes back by itself.
+  for (std::size_t i = 0; i < pages; ++i) {
+    char* from = static_cast<char*>(away) + i * c.page_size();
+    if (mremap(from, c.page_size(), c.page_size(), MREMAP_MAYMOVE | MREMAP_FIXED, c.page(first + i)) == MAP_FAILED) {
+      return c.Fail("mremap back: %s", strerror(errno));
+    }
+  }
+  for (std::size_t i = first; i < first + pages; ++i) c.SetUnreadable(i, false);
+  c.CheckAll("moved back");
+}
+
 // --- the process around --------------------------------------------------------------------------------------------
 
 std::atomic<int> g_signals{0};
@@ -499,6 +527,7 @@ const std::vector<Disturbance>& Disturbances() {
       {"protect_none", FlipNone, nullptr, nullptr, nullptr, false},
       {"protect_read_held", HoldReadOnly, nullptr, EndHoldReadOnly, nullptr, false},
       {"protect_none_held", HoldNone, nullptr, EndHoldNone, nullptr, false},
+      {"move", MoveRun, nullptr, nullptr, RawAllowed, false},
       {"signal", Signals, PrepareSignal, EndSignals, nullptr, false},
       {"close_range", CloseEverything, nullptr, EndCloseEverything, nullptr, false},
       {"stop", Stop, nullptr, nullptr, nullptr, false},
