@@ -305,5 +305,108 @@ KSMU_ISOLATED_TEST(Limit, MaxMaps, 60) {
   EXPECT_TRUE(PagesAre(memory, seed));
 }
 
+// Neighbours with one content would take a mapping each. Where mappings are short they map replicas, side by side.
+KSMU_ISOLATED_TEST(Limit, RepeatedContentGetsReplicas, 60) {
+  Set("run", 0);
+  constexpr std::size_t kPages = 8192;
+  constexpr std::int64_t kTight = 1200;
+  Memory memory(kPages);
+  // Two patterns, 512 pages of the one after 512 of the other, as freed memory that is filled with a pattern looks.
+  std::vector<std::uint64_t> seeds(kPages);
+  for (std::size_t i = 0; i < kPages; ++i) FillPage(memory.page(i), seeds[i] = 1 + i / 512 % 2);
+  const auto seed = [&](std::size_t i) { return seeds[i]; };
+  const std::int64_t before = CountMappings();
+  Set("max_maps", kTight);
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  for (int i = 0; i < 3; ++i) ASSERT_OK(ksmu_merge(nullptr, AllBytes()));
+  ksmu_stats s = ReadStats();
+  EXPECT_EQ(s.pages_merged, static_cast<std::int64_t>(kPages)) << Text(s);
+  EXPECT_EQ(s.unmerged_map_budget, 0);
+  EXPECT_LE(s.maps_used, kTight);
+  EXPECT_LE(CountMappings(), before + kTight + kSlack);
+  // Few pages go into replicas, and they are counted as KSM counts a frame's duplicates.
+  EXPECT_GT(s.pages_shared, 2);
+  EXPECT_LE(s.pages_shared, static_cast<std::int64_t>(kPages / 8));
+  EXPECT_EQ(s.stable_node_chains, 2) << Text(s);
+  EXPECT_GE(s.stable_node_dups, s.pages_shared);
+  EXPECT_TRUE(Balanced(s));
+  EXPECT_TRUE(PagesAre(memory, seed));
+  for (std::size_t i = 0; i < kPages; i += 2) FillPage(memory.page(i), seeds[i] = 9000 + i);
+  EXPECT_TRUE(PagesAre(memory, seed));
+  ASSERT_EQ(madvise(memory.page(0), 1024 * PageSize(), MADV_DONTNEED), 0);
+  std::fill_n(seeds.begin(), 1024, 0);
+  EXPECT_TRUE(PagesAre(memory, seed));
+  ASSERT_OK(ksmu_merge(nullptr, AllBytes()));
+  EXPECT_TRUE(Balanced(ReadStats()));
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_UNMERGEABLE));
+  EXPECT_TRUE(WaitUntil([] { return Get("pages_shared") == 0; }, 5));
+  EXPECT_TRUE(WaitUntil([] { return Get("stable_node_dups") == 0 && Get("stable_node_chains") == 0; }, 10)) << Text(ReadStats());
+  EXPECT_TRUE(PagesAre(memory, seed));
+}
+
+// As long as there is room, nothing is spread: a frame has max_page_sharing sharers, as in KSM.
+KSMU_ISOLATED_TEST(Limit, NoReplicasWhileThereIsRoom, 60) {
+  Set("run", 0);
+  constexpr std::size_t kPages = 4096;
+  Memory memory(kPages);
+  for (std::size_t i = 0; i < kPages; ++i) FillPage(memory.page(i), 1);
+  Set("max_page_sharing", 1 << 20);
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  ASSERT_OK(ksmu_merge(nullptr, AllBytes()));
+  EXPECT_EQ(Get("pages_merged"), static_cast<std::int64_t>(kPages));
+  EXPECT_EQ(Get("pages_shared"), 1);
+}
+
+// What mappings there are save more in long runs: these go first, wherever they lie, and short ones get the rest.
+void ExpectLongRunsFirst(bool by_command) {
+  Set("run", 0);
+  constexpr std::size_t kShortRuns = 1024, kLongRuns = 64, kLong = 16, kPages = 2 * kShortRuns + kLongRuns * kLong;
+  constexpr std::int64_t kTight = 600;  // as many isolated pages as there are would take 2,048
+  Memory memory(kPages);
+  std::vector<std::uint64_t> seeds(kPages);
+  for (std::size_t i = 0; i < kPages; ++i) {
+    const bool isolated = i < 2 * kShortRuns;
+    seeds[i] = isolated ? (i % 2 ? 10'000 + i : 2 + i / 2 % 512) : 1000 + (i - 2 * kShortRuns) % (kLongRuns / 2 * kLong);
+    FillPage(memory.page(i), seeds[i]);
+  }
+  const auto seed = [&](std::size_t i) { return seeds[i]; };
+  Set("max_maps", kTight);
+  Set("thp_min_duplicates", 1);
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  // The pairs of the long runs are found last. Isolated pages have taken what they may by then, and no more.
+  const auto merged_long = [&] {
+    std::size_t merged = 0;
+    for (std::size_t i = 2 * kShortRuns; i < kPages; ++i) {
+      ksmu_page_info info;
+      merged += ksmu_explain(memory.page(i), &info, sizeof info) == 0 && info.state == KSMU_PAGE_MERGED;
+    }
+    return merged;
+  };
+  if (by_command) {
+    ASSERT_OK(ksmu_merge(nullptr, AllBytes()));
+    EXPECT_EQ(merged_long(), kLongRuns * kLong) << Text(ReadStats());
+  } else {
+    Set("cpu_limit_percent", 100);
+    Set("sleep_millisecs", 0);
+    Set("run", 1);
+    EXPECT_TRUE(WaitUntil([&] { return merged_long() == kLongRuns * kLong; }, 10)) << Text(ReadStats());
+  }
+  // And what they leave is not kept from the short ones for ever.
+  EXPECT_TRUE(WaitUntil(
+      [&] {
+        if (by_command) ksmu_merge(nullptr, AllBytes());
+        return Get("maps_used") >= kTight / 2 - kSlack;
+      },
+      10))
+      << Text(ReadStats());
+  EXPECT_GT(Get("unmerged_map_budget"), 0);
+  Set("run", 0);
+  EXPECT_TRUE(Balanced(ReadStats()));
+  EXPECT_TRUE(PagesAre(memory, seed));
+}
+
+KSMU_ISOLATED_TEST(Limit, LongRunsFirstInAMerge, 60) { ExpectLongRunsFirst(true); }
+KSMU_ISOLATED_TEST(Limit, LongRunsFirstInTheScanner, 60) { ExpectLongRunsFirst(false); }
+
 }  // namespace
 }  // namespace ksmu::test

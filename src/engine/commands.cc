@@ -559,11 +559,19 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   // Pages that went back to anonymous memory on the way are merged by another round.
   std::int64_t detached = -1;
   bool approved = false;
-  for (int round = 0; round < 3 && (approved || detached != counters_.detached.load(std::memory_order_relaxed)); ++round) {
+  short_runs_wait_ = false;
+  for (int round = 0; round < 3 && (approved || short_runs_wait_ || detached != counters_.detached.load(std::memory_order_relaxed));
+       ++round) {
+    // Long runs have had their turn.
+    long_runs_first_ = !short_runs_wait_;
+    short_runs_wait_ = false;
     detached = counters_.detached.load(std::memory_order_relaxed);
     // Found anew for each portion: other commands are carried out in between.
     for (Address at = span.start; at < span.end();) {
-      if (cancelled(cookie)) return -EINTR;
+      if (cancelled(cookie)) {
+        long_runs_first_ = true;
+        return -EINTR;
+      }
       Region region;
       Address region_end = at;
       if (!NextIn(span, &region_end, &region)) break;
@@ -581,6 +589,7 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   }
   ReclaimFrames(false);
   now_ = false;
+  long_runs_first_ = true;
   ForgetReadBuffer();
   return done() - before;
 }

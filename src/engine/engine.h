@@ -9,6 +9,7 @@
 //   sweep.cc    which pages were written, which are still            merge.cc    shut, take, prove, attach, open
 //   match.cc    hash, look up, publish                               remerge.cc  broken pages: merge again in place
 //   huge.cc     huge pages: sampled before split                     detach.cc   back to anonymous memory
+//   budget.cc   mappings: who gets them when they are short
 //   commands.cc advise, unmerge, release, discard, unmap             hold.cc     pages out of a run's mapping, and back
 //   events.cc   discards, faults, forks, moves
 #pragma once
@@ -206,11 +207,24 @@ class Engine {
   void AttributesUnread(Span span);
   bool AttributesKnown(Address a);
   os::Attributes FindAttributes(Address a, Address* until);
-  void CountMappings(bool again);
-  bool LeavesMappings(std::size_t part) const;
-  bool BudgetAllows() const;
   void RefreshUnwaitable();
   bool Unwaitable(Address page) const;
+
+  // budget.cc
+  enum class Budget : std::uint8_t { kThere, kNotYet, kNone };
+  struct Replicas {
+    frames::Frame first = 0;
+    std::uint32_t hash = 0;
+    std::uint32_t count = 0;
+  };
+  void CountMappings(bool again);
+  std::size_t MappingsNow() const;
+  bool LeavesMappings(std::size_t part) const;
+  std::size_t BudgetSpent(std::size_t runs);
+  Budget BudgetFor(Address start, std::size_t pages);
+  const Replicas* ReplicasOf(frames::Frame frame, std::size_t pages);
+  bool HasRoom(frames::Frame frame) const;
+  void SpreadRepeats(Planned* plan, std::size_t count);
 
   // remerge.cc
   void TendBroken(const Region& region, Address from, Address to);
@@ -308,6 +322,10 @@ class Engine {
   // The part of the limit (1/N) that stays the program's, whatever max_maps says. To bring pages back to anonymous memory
   // can cut mappings too, and needs some for a moment; but it is how they are given back, and may go further.
   static constexpr std::size_t kMergingLeaves = 4, kTendingLeaves = 8, kUnmergingLeaves = 16;
+  bool long_runs_first_ = true;       // false in the later rounds of ksmu_merge
+  bool short_runs_wait_ = false;      // some were turned away for that
+  std::array<Replicas, 64> replicas_{};  // made last; each may have been given up since
+  std::size_t replicas_next_ = 0;
   std::size_t chunk_ = 0;
   static constexpr std::size_t kReadPages = kMaxRunPages;  // read and hashed at a time
   static constexpr std::size_t kHugeBytes = std::size_t{2} << 20;

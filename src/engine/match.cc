@@ -100,10 +100,9 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
 }
 
 Frame Engine::FrameWithRoom(Frame head, const std::byte* bytes) {
-  const auto limit = static_cast<std::uint32_t>(tunables_.max_page_sharing.load(std::memory_order_relaxed));
   int looked = 0;
   for (Frame f = head; f != kNoFrame && looked < 16; f = pool_.next(f), ++looked) {
-    if (pool_.sharers(f) + pool_.pins(f) < limit && content::Equal(pool_.Bytes(f), bytes, page_)) return f;
+    if (HasRoom(f) && content::Equal(pool_.Bytes(f), bytes, page_)) return f;
   }
   return kNoFrame;
 }
@@ -221,6 +220,7 @@ bool Engine::HashOfEntry(void* self, const frames::Index::Entry& entry, std::uin
 
 // Merges what was planned, in runs: consecutive pages that are to map consecutive frames.
 void Engine::MergePlanned(Planned* plan, std::size_t count) {
+  SpreadRepeats(plan, count);
   for (std::size_t i = 0; i < count;) {
     if (poll_) poll_(poll_cookie_);
     const Region* region = regions_.Find(plan[i].page);

@@ -20,35 +20,6 @@ constexpr std::size_t kMaxUnread = 256;
 constexpr std::uint64_t kInFlightNs = 2'000'000'000;
 }  // namespace
 
-// Counts the process's mappings, once a pass; a command's count is good for as long as it is cheap to have made.
-void Engine::CountMappings(bool again) {
-  if (again && system_.NowNanoseconds() > mappings_until_) mappings_at_pass_ = 0;
-  if (mappings_at_pass_) return;
-  max_mappings_ = system_.MaxMappings();
-  const std::uint64_t begun = system_.NowNanoseconds();
-  mappings_at_pass_ = system_.CountMappings();
-  const std::uint64_t counted = system_.NowNanoseconds();
-  mappings_until_ = counted + 20 * (counted - begun);
-  maps_at_pass_ = maps_used_.load(std::memory_order_relaxed);
-}
-
-// That a part of the kernel's limit, 1/part of it, stays the program's.
-bool Engine::LeavesMappings(std::size_t part) const {
-  const std::size_t limit = max_mappings_ - max_mappings_ / part;
-  // What has ended since may have left its mappings behind.
-  const std::size_t used = maps_used_.load(std::memory_order_relaxed);
-  const std::size_t since = used > maps_at_pass_ ? used - maps_at_pass_ : 0;
-  return mappings_at_pass_ + 2 * since + 4 < limit;
-}
-
-bool Engine::BudgetAllows() const {
-  const auto wanted = tunables_.max_maps.load(std::memory_order_relaxed);
-  // The tunable bounds what merging adds: a run in the middle of a mapping makes three of it.
-  const std::size_t used = maps_used_.load(std::memory_order_relaxed);
-  if (wanted > 0 && 2 * used + 2 > static_cast<std::size_t>(wanted)) return false;
-  return LeavesMappings(kMergingLeaves);
-}
-
 // Reading smaps costs some microseconds a mapping, of the whole process: it is done rarely, and only what is out of the
 // ordinary is kept. A mapping without an entry has no attributes; those that merging itself makes take over what was
 // there.
@@ -407,9 +378,11 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
       ++i;
       continue;
     }
-    if (!BudgetAllows()) {
-      for (; i < pages; ++i) Leave(start + i * page_, Reason::kMapBudget);
-      break;
+    if (const Budget budget = BudgetFor(at, n); budget != Budget::kThere) {
+      short_runs_wait_ |= budget == Budget::kNotYet;
+      const std::size_t turned_away = budget == Budget::kNotYet ? i + n : pages;
+      for (; i < turned_away; ++i) Leave(start + i * page_, Reason::kMapBudget);
+      continue;
     }
     const Span run{at, n * page_};
     const Frame frame = first + static_cast<Frame>(i);
