@@ -52,6 +52,16 @@ void MergeAndChange(Case& c) {
   }
 }
 
+// Written between the look at them and their taking, so that the very pages have to go back.
+void MergeBreakAndWrite(Case& c) {
+  MergeAndBreak(c);
+  c.WriteAtPoint("remerge.begin");
+}
+void MergeChangeAndWrite(Case& c) {
+  MergeAndChange(c);
+  c.WriteAtPoint("remerge.begin");
+}
+
 void DriveScanner(Case& c) {
   c.SetTunable("cpu_limit_percent", 0);
   c.SetTunable("sleep_millisecs", 0);
@@ -176,9 +186,11 @@ const std::vector<Scenario>& Scenarios() {
        true},
       {"undo_zero", {"undo.begin", "undo.moved", "undo.tracked"}, WriteBetweenHashAndGateOfZeros,
        DriveMerge, nullptr, false},
-      {"remerge", {"remerge.begin", "remerge.taken", "remerge.proved", "remerge.continued", "remerge.opened"},
+      {"remerge", {"remerge.begin", "remerge.away", "remerge.taken", "remerge.proved", "remerge.continued", "remerge.opened"},
        MergeAndBreak, DriveScanner, NotSync, true},
-      {"detach", {"detach.begin", "detach.taken", "detach.copied", "detach.replaced", "detach.beside", "detach.filled",
+      {"remerge_back", {"remerge.kept", "remerge.back"}, MergeBreakAndWrite, DriveScanner, NotSync, true},
+      {"detach_back", {"remerge.kept", "remerge.back"}, MergeChangeAndWrite, DriveScanner, NotSync, true},
+      {"detach", {"detach.begin", "remerge.away", "detach.taken", "detach.copied", "detach.landed", "detach.replaced", "detach.beside", "detach.filled",
         "detach.left", "detach.tracked", "detach.opened"},
        MergeAndChange, DriveScanner, NotSync, true},
       {"unadvise", {"unmerge.begin", "unmerge.populated", "unmerge.booked"}, MergeAll, DriveUnadvise, nullptr, true},
@@ -195,8 +207,9 @@ bool GateIsShutAt(const std::string& point) {
   for (const char* shut : {"merge.shut", "merge.taken", "merge.proved", "merge.attach", "merge.attached",
                            "merge.registered", "merge.protected", "merge.filled", "merge.drained", "merge.dropped",
                            "merge.booked", "zero.shut", "zero.taken", "zero.proved", "zero.dropped", "zero.tracked",
-                           "undo.begin", "undo.moved", "undo.tracked", "remerge.taken", "remerge.proved",
-                           "remerge.continued", "detach.taken", "detach.copied", "detach.replaced",
+                           "undo.begin", "undo.moved", "undo.tracked", "remerge.away", "remerge.taken", "remerge.proved",
+                           "remerge.continued", "remerge.kept", "remerge.back", "detach.taken", "detach.copied",
+                           "detach.landed", "detach.replaced",
                            "detach.beside", "detach.filled", "detach.left", "detach.tracked"}) {
     if (point == shut) return true;
   }
@@ -214,6 +227,9 @@ std::string WhyImpossible(const Scenario& scenario, const std::string& point, co
     const bool in_run = point.starts_with("remerge.") || point.starts_with("unmerge.begin") || point.starts_with("detach.");
     if (!in_run || point == "detach.left" || point == "detach.tracked" || point == "detach.opened" || point == "remerge.opened") {
       return "not merged: a move has to be announced";
+    }
+    if (strcmp(scenario.name, "detach_back") == 0 && point == "remerge.back") {
+      return "the run is in two mappings: mremap fails (docs/limits.md)";
     }
   }
   if (strcmp(scenario.name, "sync_write") == 0 && strcmp(disturbance.name, "discard_raw_all") == 0) {

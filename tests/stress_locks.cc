@@ -11,7 +11,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <fstream>
 #include <memory>
+#include <string>
 #include <thread>
 
 #include "stress_state.h"
@@ -157,6 +159,16 @@ struct Exiting {
   double lives;
 };
 
+// What the kernel says of a thread, for a report: its state, and what it waits for.
+std::string ThreadState(int tid) {
+  std::string text;
+  for (const char* file : {"stat", "syscall", "wchan", "stack"}) {
+    std::ifstream in("/proc/self/task/" + std::to_string(tid) + "/" + file);
+    for (std::string line; std::getline(in, line);) text += line + "; ";
+  }
+  return text;
+}
+
 void* ExitingMain(void* argument) {
   const Exiting e = *static_cast<Exiting*>(argument);
   // As the kernel's own CLONE_CHILD_SETTID does; or a word that nobody can know for what it is.
@@ -206,7 +218,10 @@ void ExitWords(int slot) {
     const double end = Now() + (test::kSanitized ? 10 : 3);
     while (syscall(SYS_tgkill, getpid(), tid, 0) == 0 && Now() < end) test::SleepSeconds(0.0002);
     if (Now() >= end) {
-      Fail("an exiting thread does not go (page %zu)", i);
+      Fail("an exiting thread does not go (page %zu): %s", i, ThreadState(tid).c_str());
+      const double longer = Now() + 60;
+      while (syscall(SYS_tgkill, getpid(), tid, 0) == 0 && Now() < longer) test::SleepSeconds(0.1);
+      Fail("it %s", Now() >= longer ? "does not go at all" : "has gone late");
       break;
     }
     // The thread has gone, and with it the kernel's write.

@@ -242,7 +242,7 @@ struct ksmu_stats {
   int64_t discards;           /* total: merged, broken and zero pages that were discarded */
   int64_t metadata_bytes;     /* gauge: the library's own memory */
   int64_t maps_used;          /* gauge: mappings of the process that merging costs */
-  int64_t gate_max_us;        /* the longest time that a gate was shut */
+  int64_t gate_max_us;        /* the longest time that a gate was shut, or a run's pages were out of their place */
   int64_t gate_count;         /* total: gates shut */
   int64_t unmerge_bytes;      /* gauge: memory that unmerging everything would take */
   int64_t regions;            /* gauge */

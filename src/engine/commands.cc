@@ -223,7 +223,7 @@ int Engine::UnmergeRun(const Region& region, Span run) {
     // No further than this mapping, or this hole, goes.
     if (!unknown) end = std::min(end, mapping.start <= a ? mapping.end : mapping.start);
     if (int failed = Detach(region, {a, end - a}, PageState::kMerged)) {
-      AwaitForks();
+      AwaitForks(Patience());
       if (move_count_.load(std::memory_order_acquire)) return -EAGAIN;
       if (unknown == -ENOENT || (!unknown && (mapping.start > a || !pool_.Shows(mapping, a, table_.Load(a).value())))) {
         ForgetRange({a, end - a});  // unmapped without a word
@@ -539,7 +539,7 @@ int Engine::Unmap(Span span) {
   ApplyMoves();
   const int error = system_.Unmap(span);
   if (error) return error;
-  AwaitForks();
+  AwaitForks(Patience());
   ForgetRange(span);
   regions_.Erase(span);
   excluded_.Erase(span);

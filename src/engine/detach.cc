@@ -108,6 +108,8 @@ bool Engine::Land(Span landing, bool* used) {
   }
   *used = MoveOwn(landing.start, landing.bytes, run.start) == 0;
   bool landed = *used;
+  KSMU_TEST_POINT("detach.landed", run.start, run.bytes);
+  AwaitForks(hold_until_);
   // The program can have moved the run away at this very moment. Then the mapping of the frames is where it has gone to, and
   // what has landed is in nobody's place.
   const Address now = WhereNow(run.start);
@@ -182,7 +184,8 @@ void Engine::FillHeld(os::Context breaker) {
     }
     // An event is unread, or there is no memory. Where discards leave no instant, and where no breaker holds the place any
     // more, the pages come in a mapping of their own.
-    const bool again = error == -ENOMEM || (error == -EAGAIN && ++tries < kFillTries);
+    const bool in_time = ++tries < kFillTries && system_.NowNanoseconds() < hold_until_;
+    const bool again = error == -ENOMEM || (error == -EAGAIN && in_time);
     if (!again && FillByMoving(i, end)) i = end;
     system_.Yield();
   }
@@ -252,15 +255,7 @@ void Engine::UndoDetach() {
     if (held_written_[i]) MoveBackHeld(i);
     else ReturnHeld(i);
   }
-  // As above: the event of a fork must find the hold.
-  for (const std::uint64_t patience = Patience();; system_.Yield()) {
-    std::lock_guard lock(events_mutex_);
-    if (EventsPending(patience)) continue;
-    const Address taken_to = hold_.taken_to;
-    LetGo();
-    UnmapTaken(taken_to, run.bytes);
-    return;
-  }
+  EndHold();
 }
 
 // Brings a run back to anonymous memory with the same contents: what was merged is copied, what was discarded is empty.
@@ -292,7 +287,6 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
     return error;
   }
   KSMU_TEST_POINT("detach.taken", run.start, run.bytes);
-  system_.Protect({hold_.taken_to, run.bytes}, os::Protection::kReadWrite);
   bool used = false;
   if (!CopyHeld() || !Land(landing, &used)) {
     UndoDetach();
@@ -308,14 +302,17 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
   KSMU_TEST_POINT("detach.filled", run.start, run.bytes);
   // The program may have moved it since.
   const Span gone{WhereNow(run.start), run.bytes};
-  const bool moved = gone.start != run.start;
+  os::Mapping there;
+  const bool moved = gone.start != run.start && system_.QueryMapping(gone.start, &there) == 0 && there.start <= gone.start &&
+                     there.anonymous;
   int left = -ENOMEM;
   for (int attempt = 0; left == -ENOMEM && attempt < kLeaveTries; ++attempt) left = system_.Unregister(breaker, around);
   if (moved) system_.Unregister(breaker, gone);
   KSMU_TEST_POINT("detach.left", run.start, run.bytes);
   LetGoOfDetached(region, joined ? beside : 0, breaker);
   if (left != 0) {
-    if (!moved) gate_.AddRepair(around, tracked ? os::kTracker : os::kNoContext, os::kWriteProtect, breaker);
+    const Span still = moved ? Span{beside, joined ? page_ : 0} : around;
+    if (still.bytes) gate_.AddRepair(still, tracked ? os::kTracker : os::kNoContext, os::kWriteProtect, breaker);
   } else if (tracked) {
     if (int refused = system_.Register(os::kTracker, around, os::kWriteProtect); refused && refused != -ENOENT) {
       gate_.AddRepair(around, os::kTracker, os::kWriteProtect);

@@ -249,8 +249,12 @@ class Engine {
   // hold.cc
   void NoteWritten(Span taken);
   int MoveOwn(Address from, std::size_t bytes, Address to);
-  void EndOwnMove(Address to);
   bool TakeFromRun(Span run, PageState expected);
+  void Settle();
+  void EndHold();
+  void FollowHeld(std::size_t i);
+  bool PlaceIsGone(std::size_t i, Address at);
+  void KeepCopy(std::size_t i);
   void ReturnHeld(std::size_t i);
   void MoveBackHeld(std::size_t i);
   bool MoveBack(std::size_t i, Address at);
@@ -276,13 +280,15 @@ class Engine {
   void OnRemove(os::Context context, Address start, Address end);
   void OnRemap(const os::Event& event);
   void NoteMove(const Moved& moved);
+  void ForgetMove(const Moved& moved);
   void OnFork(os::Context context, Child* parent, os::Context child);
   void ServeHold(Child* child);
+  void ServeHeld(Child* child, std::size_t i);
   void OnFault(os::Context context, Child* child, const os::Event& event);
   bool FillZeros(os::Context context, Span span);
   void FillPending();
   bool ApplyMoves();
-  void AwaitForks();
+  void AwaitForks(std::uint64_t until);
   bool EventsPending(std::uint64_t until);
   std::uint64_t Patience() const;
   Address Translate(Address a) const;
@@ -386,14 +392,16 @@ class Engine {
   Hold hold_;                                // under events_mutex_
   std::array<bool, kMaxRunPages> held_marks_{};  // of the hold: which pages carried the mark before; scanner
   std::array<bool, kMaxRunPages> held_written_{};  // which were written since the last sweep; scanner
-  std::array<bool, kMaxRunPages> held_moved_{};  // and which have been moved back; scanner
+  std::uint64_t held_since_ = 0;                   // how long accesses to the run have had to wait; scanner
+  std::uint64_t hold_until_ = 0;                   // what waits for an instant without an event gives up then; scanner
+  // Which have been moved back, and where to; and of which buffer_ has a copy, for children. Scanner writes, under
+  // events_mutex_.
+  std::array<bool, kMaxRunPages> held_moved_{}, held_kept_{};
+  std::array<Address, kMaxRunPages> held_put_{};
   std::array<bool, kMaxRunPages> held_filled_{};  // which are not to read as zeros; scanner, and events once hold_.copied
   std::byte* event_scratch_ = nullptr;       // one page; event thread
   std::uint64_t children_checked_at_ = 0;    // event thread
-  // Of a mapping that the scanner itself is moving: its events, and those of the program's own move from the same place.
-  std::atomic<Address> own_move_from_{0};
-  std::array<Moved, 4> own_moves_seen_{};
-  std::size_t own_moves_seen_count_ = 0;     // under events_mutex_
+  std::atomic<Address> own_move_from_{0}, own_move_to_{0};  // the scanner's own move, whose event is none of the program's
   static constexpr std::size_t kMaxMoves = 4096;
   std::array<Moved, kMaxMoves>* moves_ = nullptr;  // of the program, not yet followed; under events_mutex_
   std::atomic<std::size_t> move_count_{0};

@@ -202,7 +202,9 @@ void Engine::OnFault(os::Context context, Child* child, const os::Event& event) 
   Words* word = child ? nullptr : table_.Find(known);
   Page page(word ? word->load(std::memory_order_acquire) : 0);
   if (page.busy() && !held) return;
-  if (child && child->before_settled && hold_.run.contains(a)) return;
+  // A child that waits for its copies of the pages in the scanner's hands.
+  const bool awaits = child && (child->before_settled || child->being_served);
+  if (awaits && hold_.run.contains(a)) return;
 
   if (event.write_protect) {
     // A synchronous break: book it, then let the kernel copy. The frame is pinned until the copy has been seen.
@@ -231,12 +233,13 @@ void Engine::OnFault(os::Context context, Child* child, const os::Event& event) 
   const bool marked = held ? held_marks_[(a - hold_.taken_to) / page_] : page.discarded();
   const bool zeros = child  ? child->discards.Contains(a, shift) || !event.minor
                      : lost ? !event.minor  // where a moved mapping is that could not be followed: its frame
-                           : stray || LeftBehind(a) || marked || !event.minor ||
+                           : stray || (!held && LeftBehind(a)) || marked || !event.minor ||
                                  (page.state() != PageState::kMerged && !page.unconfirmed());
   Address end = a + page_;
   const std::size_t around = zeros ? kZeroAround : kContinueAround;
   for (std::size_t i = 1; i < around && !held; ++i, end += page_) {
     if (child) {
+      if (awaits && hold_.run.contains(end)) break;
       if (zeros != child->discards.Contains(end, shift)) break;
       if (!zeros && !table_.Find(end)) break;
     } else {
@@ -272,7 +275,8 @@ void Engine::OnFork(os::Context context, Child* parent, os::Context child_contex
   const int shift = std::countr_zero(page_);
   Child* child = children_.Add(child_context, context == os::kSyncBreaker || (parent && parent->sync));
   if (!child) {
-    system_.CloseContext(child_context);  // its memory stays valid; raw discards in it are not seen
+    // Its memory stays valid, but for what is out of its place at this moment; raw discards in it are not seen.
+    system_.CloseContext(child_context);
     unserved_children_.fetch_add(1, std::memory_order_relaxed);
     return;
   }
@@ -310,26 +314,9 @@ void Engine::ServeHold(Child* child) {
     // What had been discarded when the event was read; a discard since then is the parent's alone.
     if (!page.busy() || child->discards.Contains(a, shift)) continue;
     const std::size_t i = (a - hold_.run.start) / page_;
-    const bool marked = held_marks_[i];
-    if (marked) child->discards.Add(a, shift);
-    if (hold_.copied && !held_filled_[i]) continue;
-    Address where = hold_.taken_to + i * page_;
-    if (!hold_.copied && !IsPrivate(where, true)) {
-      if (IsPrivate(a)) where = a;  // moved back already
-      // A frame, which the child's fault maps, or nothing: to read it here would be a fault for this thread to answer.
-      else if (marked || held_moved_[i] || page.state() != PageState::kBroken) continue;
-    }
-    for (int attempt = 0; attempt < 100; ++attempt) {
-      if (hold_.copied || system_.ReadProgram(where, event_scratch_, page_) == page_) {
-        const std::byte* const bytes = hold_.copied ? buffer_ + i * page_ : event_scratch_;
-        int error = system_.Copy(child->context, a, bytes, page_, true).error;
-        if (error == -ENOENT && NowAt(a) != a) error = system_.Copy(child->context, NowAt(a), bytes, page_, true).error;
-        if (error != -EAGAIN && error != -ENOMEM) break;
-      }
-      HandleContext(child->context, child);  // it is discarding, moving or forking already
-      if (child->discards.Contains(a, shift) && !marked) break;
-      system_.Yield();
-    }
+    ServeHeld(child, i);
+    // Not before it is served: what it discards meanwhile has to show.
+    if (held_marks_[i]) child->discards.Add(a, shift);
   }
   child->being_served = false;
   system_.Wake(child->context, hold_.run);
@@ -338,12 +325,44 @@ void Engine::ServeHold(Child* child) {
   }
 }
 
+// Page i of the hold, to the child; not if it has discarded it. A page that is going back itself is in buffer_ before it
+// does: looked for in either place, it could be gone by the time it is read, and this thread would wait for itself.
+void Engine::ServeHeld(Child* child, std::size_t i) {
+  const int shift = std::countr_zero(page_);
+  const Address a = hold_.run.start + i * page_, taken = hold_.taken_to + i * page_;
+  const bool copied = hold_.copied ? held_filled_[i] : held_kept_[i];
+  // A frame, which the child's fault maps, or nothing: to read it here would be a fault for this thread to answer.
+  if (!copied && (hold_.copied || held_moved_[i] || !IsPrivate(taken, hold_.settled))) return;
+  for (int attempt = 0; attempt < 100; ++attempt) {
+    if (copied || system_.ReadProgram(taken, event_scratch_, page_) == page_) {
+      const std::byte* const bytes = copied ? buffer_ + i * page_ : event_scratch_;
+      int error = system_.Copy(child->context, a, bytes, page_, true).error;
+      if (error == -ENOENT && NowAt(a) != a) error = system_.Copy(child->context, NowAt(a), bytes, page_, true).error;
+      if (error != -EAGAIN && error != -ENOMEM) return;
+    }
+    HandleContext(child->context, child);  // it is discarding, moving or forking already
+    if (child->discards.Contains(a, shift)) return;
+    system_.Yield();
+  }
+}
+
 void Engine::OnRemap(const os::Event& event) {
-  if (event.start == own_move_from_.load(std::memory_order_acquire)) {
-    if (own_moves_seen_count_ < own_moves_seen_.size()) own_moves_seen_[own_moves_seen_count_++] = {event.start, event.end, event.to};
+  if (event.to == own_move_to_.load(std::memory_order_acquire) &&
+      event.start == own_move_from_.load(std::memory_order_relaxed)) {
     return;
   }
   NoteMove({event.start, event.end, event.to});
+}
+
+// Of the moves that were noted, the one that was the scanner's own.
+void Engine::ForgetMove(const Moved& moved) {
+  const std::size_t n = move_count_.load(std::memory_order_relaxed);
+  for (std::size_t i = n; i-- > 0;) {
+    if ((*moves_)[i].from != moved.from || (*moves_)[i].to != moved.to || (*moves_)[i].end != moved.end) continue;
+    for (std::size_t k = i + 1; k < n; ++k) (*moves_)[k - 1] = (*moves_)[k];
+    move_count_.store(n - 1, std::memory_order_release);
+    return;
+  }
 }
 
 void Engine::NoteMove(const Moved& moved) {
@@ -394,8 +413,7 @@ Address Engine::WhereNow(Address a) {
 
 // A fork whose event has not been handled yet has copied mappings of which only we know what was discarded in them. Called
 // when such a mapping is seen to be gone, before what is known of it is forgotten.
-void Engine::AwaitForks() {
-  const std::uint64_t until = Patience();
+void Engine::AwaitForks(std::uint64_t until) {
   while (EventsPending(until)) system_.Yield();
   std::lock_guard lock(events_mutex_);
 }

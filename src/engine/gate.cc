@@ -240,9 +240,8 @@ bool Gate::Repair() {
         pages_ = 0;
         ReadEvents();
         Drain();
-      } else {
-        left_breaker_ = true;
       }
+      left_behind_ = true;
       system_.Wake(r.leave, r.span);
     }
     if (!error && r.enter != os::kNoContext) error = system_.Register(r.enter, r.span, r.modes);

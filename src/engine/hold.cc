@@ -22,21 +22,13 @@ constexpr int kCopyTries = 1000;
 
 // Moves a mapping that is registered with a breaker: waits until the event has been read.
 int Engine::MoveOwn(Address from, std::size_t bytes, Address to) {
-  own_move_from_.store(from, std::memory_order_release);
+  own_move_from_.store(from, std::memory_order_relaxed);
+  own_move_to_.store(to, std::memory_order_release);
   const int error = system_.MoveMapping(from, bytes, to);
   // The event has been read, but only with the mutex is it certain that the event thread has looked at it.
   std::lock_guard lock(events_mutex_);
-  EndOwnMove(error ? 0 : to);
+  own_move_to_.store(0, std::memory_order_release);
   return error;
-}
-
-// What was seen from the same place and did not go to `to` was the program's.
-void Engine::EndOwnMove(Address to) {
-  own_move_from_.store(0, std::memory_order_release);
-  for (std::size_t i = 0; i < own_moves_seen_count_; ++i) {
-    if (own_moves_seen_[i].to != to) NoteMove(own_moves_seen_[i]);
-  }
-  own_moves_seen_count_ = 0;
 }
 
 // Takes the pages of a run out of their place: accesses wait in the breaker until LetGo, by when the caller has put
@@ -77,42 +69,92 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
     }
     hold_.run = run;
     hold_.taken_to = 0;
+    held_kept_.fill(false);
   }
+  held_since_ = system_.NowNanoseconds();
+  hold_until_ = Patience();
+  // Where the pages go is not known before they are there: until then this move is noted like one of the program's, whose
+  // own moves of the emptied mapping must be noted at once and in their order. For these pages it makes no difference, they
+  // are busy.
   Address to = 0;
-  own_move_from_.store(run.start, std::memory_order_release);
   const int error = system_.TakePages(run, &to);
+  KSMU_TEST_POINT("remerge.away", run.start, run.bytes);
   std::unique_lock lock(events_mutex_);
-  EndOwnMove(error ? 0 : to);
   if (error) {
     LetGo();
     return false;
   }
+  ForgetMove({run.start, run.end(), to});
   hold_.taken_to = to;
   KSMU_TEST_POINT("remerge.taken", run.start, run.bytes);
   lock.unlock();
   NoteWritten({to, run.bytes});
+  // Also where the program may not read them: children are served from here.
+  system_.Protect({to, run.bytes}, os::Protection::kReadWrite);
   // Where nothing is a mark may lie, and looks like a private page that is swapped out.
-  const std::uint64_t patience = Patience();
   bool cleared = true;
   for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
     while (system_.WriteProtect(breaker, {to, run.bytes}, false) == -EAGAIN && cleared) {
-      cleared = system_.NowNanoseconds() < patience;
+      cleared = system_.NowNanoseconds() < hold_until_;
       system_.Yield();
     }
   }
+  if (!cleared) {
+    // Where threads discard without a pause there is no instant without an event: the pages go back as they are.
+    for (std::size_t i = 0; i < run.bytes / page_; ++i) MoveBackHeld(i);
+    EndHold();
+    return false;
+  }
   lock.lock();
+  Settle();
+  return true;
+}
+
+// From here on it can be told which of the pages are private, and who was forked since they were taken is served. Under
+// events_mutex_.
+void Engine::Settle() {
   hold_.settled = true;
+  const std::size_t known = children_.size();
   for (std::size_t k = 0; k < children_.size(); ++k) {
     if (children_[k]->before_settled) ServeHold(children_[k]);
   }
-  if (cleared) return true;
-  // Where threads discard without a pause there is no instant without an event: the pages go back as they are.
-  lock.unlock();
-  for (std::size_t i = 0; i < run.bytes / page_; ++i) MoveBackHeld(i);
-  lock.lock();
-  LetGo();
-  UnmapTaken(to, run.bytes);
-  return false;
+  // A grandchild was found on the way: the event thread is to wait for its events, too.
+  if (children_.size() != known) system_.Notify();
+}
+
+// Ends a hold whose pages are back in their place. A fork or a move of the program's that came before they were may not have
+// been read yet: its event must still find the hold.
+void Engine::EndHold() {
+  const std::size_t n = hold_.run.bytes / page_;
+  for (const std::uint64_t patience = Patience();; system_.Yield()) {
+    std::unique_lock lock(events_mutex_);
+    if (EventsPending(patience)) continue;
+    std::size_t lost = 0;
+    while (lost < n && !(held_moved_[lost] && NowAt(hold_.run.start + lost * page_) != held_put_[lost])) ++lost;
+    if (lost < n) {
+      lock.unlock();
+      FollowHeld(lost);
+      continue;
+    }
+    if (!hold_.settled) Settle();
+    const Address taken_to = hold_.taken_to;
+    const std::size_t bytes = hold_.run.bytes;
+    LetGo();
+    UnmapTaken(taken_to, bytes);
+    return;
+  }
+}
+
+// The program has moved the run since page i went back. Either the page has moved along, or it came to the old place an
+// instant too late, and lies there in a mapping of its own.
+void Engine::FollowHeld(std::size_t i) {
+  const Address a = hold_.run.start + i * page_;
+  const Address at = WhereNow(a), put = held_put_[i];
+  os::Mapping there;
+  const bool too_late = system_.QueryMapping(put, &there) == 0 && there.start <= put &&
+                        pool_.Shows(there, put, table_.Load(a).value()) && IsPrivate(put, true);
+  if (too_late && MoveOwn(put, page_, at) == 0 && table_.Load(a).discarded()) system_.Discard({at, page_});
+  held_put_[i] = at;
 }
 
 // Gives up the place where the pages of a hold were, but for the holes that pages have left which were moved back: those
@@ -144,6 +186,7 @@ void Engine::LetGo() {
     if (to.state() == PageState::kDropped && page.state() == PageState::kMerged) pool_.Unshare(page.value());
     if (to.state() == PageState::kDropped && page.unconfirmed()) pool_.Unpin(page.value());
   }
+  if (hold_.taken_to) counters_.CountGate(system_.NowNanoseconds() - held_since_);
   hold_ = Hold{};
   for (std::size_t k = 0; k < children_.size(); ++k) {
     if (!children_[k]->before_settled) continue;
@@ -167,6 +210,16 @@ void Engine::WakeRun(Span run) {
   }
 }
 
+// True if the program has taken page i's place away or put something else there, and not only moved it.
+bool Engine::PlaceIsGone(std::size_t i, Address at) {
+  const Address a = hold_.run.start + i * page_;
+  os::Mapping there;
+  const int unknown = system_.QueryMapping(at, &there);
+  if (unknown ? unknown != -ENOENT : there.start <= at && pool_.Shows(there, at, table_.Load(a).value())) return false;
+  AwaitForks(hold_until_);  // the event of a move may still be on its way
+  return WhereNow(a) == at;
+}
+
 // Puts page i of the hold back where it was. Returns when it is there, or known to be discarded.
 void Engine::ReturnHeld(std::size_t i) {
   const Address a = hold_.run.start + i * page_;
@@ -187,16 +240,29 @@ void Engine::ReturnHeld(std::size_t i) {
           if (error == -EINVAL || copied.error == -EAGAIN) error = copied.error;
         }
       }
-      if ((error == -EAGAIN && attempt < kCopyTries) || error == -ENOMEM) continue;
+      const bool again = attempt < kCopyTries && system_.NowNanoseconds() < hold_until_;
+      if ((error == -EAGAIN && again) || error == -ENOMEM) continue;
     }
     // Neither breaker holds the place any more, or the page cannot be read, or a storm of discards leaves no instant for a
     // copy: it goes back itself. Until it has there is no way out of here, nothing else keeps the bytes; unless the place
     // is gone.
-    os::Mapping mapping;
-    const int unknown = system_.QueryMapping(at, &mapping);
-    if (unknown == -ENOENT || (!unknown && !pool_.Shows(mapping, at, table_.Load(a).value()))) return;
-    if (!unknown && MoveBack(i, at)) return;
+    if (PlaceIsGone(i, at)) return;
+    KeepCopy(i);
+    if (WhereNow(a) == at && MoveBack(i, at)) return;
   }
+}
+
+// What a child gets of page i that was forked while the page was out of its place, and whose event is read when it is back.
+// Reading tells a page that is swapped out from a mark: afterwards there is a page, or a frame.
+void Engine::KeepCopy(std::size_t i) {
+  const Address from = hold_.taken_to + i * page_;
+  bool kept = false;
+  for (int attempt = 0; attempt < 3 && !kept; ++attempt) {
+    if (system_.ReadProgram(from, buffer_ + i * page_, page_) != page_) break;
+    kept = IsPrivate(from);
+  }
+  std::lock_guard lock(events_mutex_);
+  held_kept_[i] = kept;
 }
 
 // The page itself, pins and all, to its place; registered all along. A discard that is let through in the meantime may find
@@ -205,7 +271,12 @@ bool Engine::MoveBack(std::size_t i, Address at) {
   const Address a = hold_.run.start + i * page_;
   const Address from = hold_.taken_to + i * page_;
   const bool moved = MoveOwn(from, page_, at) == 0;
-  held_moved_[i] = moved;
+  {
+    std::lock_guard lock(events_mutex_);
+    held_moved_[i] = moved;
+    held_put_[i] = at;
+  }
+  KSMU_TEST_POINT("remerge.back", hold_.run.start, hold_.run.bytes);
   if (moved && table_.Load(a).discarded()) system_.Discard({at, page_});
   return moved;
 }
@@ -214,24 +285,28 @@ bool Engine::MoveBack(std::size_t i, Address at) {
 void Engine::MoveBackHeld(std::size_t i) {
   const Address a = hold_.run.start + i * page_;
   const Address from = hold_.taken_to + i * page_;
-  for (const std::uint64_t until = Patience();; system_.Yield()) {
+  KeepCopy(i);
+  KSMU_TEST_POINT("remerge.kept", hold_.run.start, hold_.run.bytes);
+  for (;;) {
     Address at;
     {
       std::lock_guard lock(events_mutex_);
       if (table_.Load(a).discarded()) return;
-      if (EventsPending(until)) continue;
       at = NowAt(a);
     }
+    if (PlaceIsGone(i, at)) return;
     os::Mapping there;
+    if (WhereNow(a) != at) continue;
     const int unknown = system_.QueryMapping(at, &there);
-    // Gone, or a stranger's by now.
-    if (unknown == -ENOENT || (!unknown && !pool_.Shows(there, at, table_.Load(a).value()))) return;
+    if (unknown == -ENOENT) continue;
     if (!unknown && there.executable) return ReturnHeld(i);  // moved, it would lose that
     if (!unknown && !(there.readable && there.writable)) {
       system_.Protect({from, page_}, there.readable ? os::Protection::kRead : os::Protection::kNone);
     }
-    if (!MoveBack(i, at)) ReturnHeld(i);  // refused: a copy keeps the bytes at least
-    return;
+    if (MoveBack(i, at)) return;
+    // Refused: a copy keeps the bytes at least.
+    system_.Protect({from, page_}, os::Protection::kReadWrite);
+    return ReturnHeld(i);
   }
 }
 

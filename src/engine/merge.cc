@@ -139,7 +139,7 @@ std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, 
                         Reason* reason) {
   *reason = Reason::kFailed;
   if (gate_.NeedsRepair()) return 0;
-  if (gate_.LeftBreaker()) all_in_flight_until_ = in_flight_until_ = system_.NowNanoseconds() + kInFlightNs;
+  if (gate_.LeftBehind()) all_in_flight_until_ = in_flight_until_ = system_.NowNanoseconds() + kInFlightNs;
   CountMappings(false);
   const std::uint64_t now = system_.NowNanoseconds();
   if (now > unwaitable_until_) RefreshUnwaitable();
@@ -406,6 +406,7 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
     }
     if (int error = gate_.Shut(run)) {
       ClearBusy(run);
+      NoteDiscards(run, 0);
       if (prepared) system_.Unmap({prepared, run.bytes});
       leave_run(n, error);
       i += n;
@@ -499,6 +500,7 @@ std::size_t Engine::DropZeroRun(const Region& region, Address start, std::size_t
     if (!MarkBusy(run)) break;
     if (int error = gate_.Shut(run, true)) {
       ClearBusy(run);
+      NoteDiscards(run, 0);
       for (std::size_t k = 0; k < n; ++k) {
         Leave(at + k * page_, error == -ENOMEM ? Reason::kMapBudget : error == -EBUSY ? Reason::kForeign : Reason::kFailed);
       }

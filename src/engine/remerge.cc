@@ -152,7 +152,6 @@ std::size_t Engine::Remerge(Span run) {
   if (!TakeFromRun(run, PageState::kBroken)) return 0;
   const Address taken_to = hold_.taken_to;
   const std::size_t n = run.bytes / page_;
-  system_.Protect({taken_to, run.bytes}, os::Protection::kReadWrite);
   const std::size_t read = system_.ReadProgram(taken_to, buffer_, run.bytes) / page_;
   std::size_t merged = 0;
   std::array<bool, kMaxRunPages> equal{};
@@ -170,7 +169,7 @@ std::size_t Engine::Remerge(Span run) {
   for (std::size_t i = 0; i < n; ++i) {
     const Address a = run.start + i * page_;
     bool mapped = false;
-    for (int attempt = 0; equal[i] && attempt < kCopyTries; ++attempt) {
+    for (int attempt = 0; equal[i] && attempt < kCopyTries && system_.NowNanoseconds() < hold_until_; ++attempt) {
       {
         std::lock_guard lock(events_mutex_);
         Words* word = table_.Find(a);
@@ -203,11 +202,7 @@ std::size_t Engine::Remerge(Span run) {
     }
   }
   KSMU_TEST_POINT("remerge.continued", run.start, run.bytes);
-  {
-    std::lock_guard lock(events_mutex_);
-    LetGo();
-    UnmapTaken(taken_to, run.bytes);
-  }
+  EndHold();
   KSMU_TEST_POINT("remerge.opened", run.start, run.bytes);
   if (merged) fruitful_ = true;
   return merged;

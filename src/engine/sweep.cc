@@ -445,7 +445,7 @@ void Engine::Audit(const Region& region) {
     const int error = system_.QueryMapping(at, &mapping);
     if (error && error != -ENOENT) return;  // refused: that is not to be taken for a hole
     const bool found = error == 0;
-    AwaitForks();
+    AwaitForks(Patience());
     if (move_count_.load(std::memory_order_acquire) || lost_moves_.load(std::memory_order_relaxed)) return;  // to be followed, not forgotten
     const Address start = found ? std::max(mapping.start, at) : region.end;
     if (start > at) {

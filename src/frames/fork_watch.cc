@@ -1,5 +1,7 @@
 #include "frames/fork_watch.h"
 
+#include <cerrno>
+
 namespace ksmu::frames {
 
 ForkWatch::~ForkWatch() {
@@ -18,6 +20,11 @@ int ForkWatch::AddCanary() {
   system_.ApplyAttributes({page, system_.PageSize()}, {.no_huge_page = true});
   *reinterpret_cast<volatile std::uint64_t*>(page) = system_.NowNanoseconds() | 1;
   const bool locked = system_.Lock({page, system_.PageSize()}) == 0;
+  // Without it the epoch that is on goes on. The first has to be.
+  if (!locked && count_) {
+    system_.Unmap({page, system_.PageSize()});
+    return -ENOMEM;
+  }
   canaries_[count_++] = {.page = page, .lost = !locked};
   return 0;
 }
