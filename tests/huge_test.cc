@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <string>
+#include <vector>
 
 #include "counts_support.h"
 #include "test_support.h"
@@ -129,6 +130,50 @@ KSMU_ISOLATED_TEST(Huge, WithoutSamplingAllAreSplit, 60) {
   ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
   EXPECT_EQ(ksmu_merge(memory.data(), memory.bytes()), 2);
   EXPECT_LE(memory.HugeSegments(), kSegments - 2);
+  ASSERT_TRUE(memory.Has(seed));
+}
+
+// Memory in small pages that could be huge, and in which there is nothing to merge, is let go of: the kernel can make huge
+// pages of it again. What comes to it later is found all the same.
+KSMU_ISOLATED_TEST(Huge, WhatIsFruitlessIsLetGo, 90) {
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+  HugeMemory memory;
+  SKIP_WITHOUT_HUGE_PAGES(memory);
+  ASSERT_EQ(madvise(memory.data(), memory.bytes(), MADV_DONTNEED), 0);
+  ASSERT_EQ(madvise(memory.data(), memory.bytes(), MADV_NOHUGEPAGE), 0);
+  std::vector<std::uint64_t> seeds(memory.pages());
+  for (std::size_t i = 0; i < memory.pages(); ++i) seeds[i] = Unique(i);
+  const auto seed = [&](std::size_t i) { return seeds[i]; };
+  memory.Fill(seed);
+  ASSERT_EQ(madvise(memory.data(), memory.bytes(), MADV_HUGEPAGE), 0);
+  ASSERT_EQ(memory.HugeSegments(), 0u);
+  Flat();
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  const auto collapses = [&] { return madvise(memory.page(7 * 512), kHuge, MADV_COLLAPSE) == 0; };
+  WaitUntil([&] { return Get("pages_unshared") == static_cast<std::int64_t>(memory.pages()); }, 10);
+  const std::int64_t scans = Get("full_scans");
+  WaitUntil([&] { return Get("full_scans") >= scans + 4; }, 10);
+  if (collapses()) GTEST_SKIP() << "this kernel makes huge pages of armed memory, too";
+  EXPECT_TRUE(WaitUntil(collapses, 30)) << Text(ReadStats());
+  EXPECT_GE(memory.HugeSegments(), 1u);
+  EXPECT_EQ(Get("pages_unshared") + Get("unmerged_huge"), static_cast<std::int64_t>(memory.pages()));
+  ASSERT_TRUE(memory.Has(seed));
+  // A twin of what is remembered there.
+  Memory other(64);
+  for (std::size_t i = 0; i < 64; ++i) FillPage(other.page(i), i < 16 ? seeds[512 + i] : 90'000 + i);
+  ASSERT_OK(ksmu_advise(other.data(), other.bytes(), KSMU_MERGEABLE));
+  EXPECT_TRUE(WaitUntil([] { return Get("pages_merged") == 32; }, 20)) << Text(ReadStats());
+  // And what has changed.
+  for (std::size_t i = 2 * 512; i < 2 * 512 + 100; ++i) FillPage(memory.page(i), seeds[i] = 0);
+  EXPECT_TRUE(WaitUntil([] { return Get("ksm_zero_pages") == 100; }, 30)) << Text(ReadStats());
+  ASSERT_TRUE(memory.Has(seed));
+  // ksmu_merge looks at everything.
+  for (std::size_t i = 0; i < 64; ++i) FillPage(memory.page(3 * 512 + i), seeds[3 * 512 + i] = seeds[4 * 512 + i]);
+  Set("run", 0);
+  EXPECT_EQ(ksmu_merge(memory.data(), memory.bytes()), 128);
+  EXPECT_TRUE(Balanced(ReadStats()));
   ASSERT_TRUE(memory.Has(seed));
 }
 

@@ -278,6 +278,7 @@ int Engine::UnmergeRange(const Region& region, Span span) {
     segment->unsettled = 1;
     segment->backoff = segment->wait = 0;
     segment->huge = Segment::kPlain;
+    segment->looks = segment->let_go = 0;
     FillMarked({low, high - low});
   }
   return 0;

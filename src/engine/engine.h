@@ -171,6 +171,10 @@ class Engine {
   bool SampleSegment(Segment* segment);
   std::size_t ExpectedOf(const Segment& segment, bool now);
   void TendSampled(Segment* segment, bool now);
+  Address TendUnarmed(Segment* segment, Address end, bool now);
+  void LetGoIfFruitless(Segment* segment);
+  void TendLetGo(Segment* segment, bool now);
+  bool IsUnchanged(const Segment& segment);
   bool ApproveIfWorthIt(Segment* segment, bool now);
   bool ApproveSampled(Span span);
 
@@ -180,6 +184,7 @@ class Engine {
   std::byte* ReadBuffer(std::size_t count);
   void ForgetReadBuffer();
   void MatchPage(Address page, const std::byte* bytes);
+  std::uint32_t HashOf(const std::byte* bytes) const;
   frames::Frame FrameWithRoom(frames::Frame head, const std::byte* bytes);
   frames::Frame Publish(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
   void Leave(Address page, Reason reason);

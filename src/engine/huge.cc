@@ -5,6 +5,11 @@
 // hashes every sixteenth content is remembered, the same ones in every segment. Sampled twice, an interval apart, it is
 // armed if at least thp_min_duplicates of its pages are still and can be expected to merge or are zero; otherwise its
 // pages are `unmerged_huge` and it is sampled again ever more rarely. With smart_scan=0 nothing is sampled.
+//
+// The way back: khugepaged makes no huge page of what is armed. So a segment that could be one, and in which every page has
+// been still and unlike any other for a while, is let go of: disarmed, its pages remembered as before, so that another page
+// can still find its twin there (which arms it again). It is read again ever more rarely, to see whether it has changed,
+// and sampled if it has become huge.
 
 #include <algorithm>
 
@@ -14,6 +19,9 @@
 namespace ksmu::engine {
 namespace {
 constexpr std::uint8_t kMaxSampleBackoff = 7;
+constexpr std::uint8_t kLooks = 2;            // complete ones, kLookEvery passes apart
+constexpr std::uint16_t kLetGoPasses = 32;    // until it is looked at again, and twice as many each time
+constexpr std::uint8_t kMaxLetGo = 6;
 constexpr std::uint32_t kOneIn = 16;
 
 std::uint32_t PlaceOf(const Segment& segment) { return static_cast<std::uint32_t>(segment.start >> kSegmentShift); }
@@ -57,7 +65,7 @@ bool Engine::BeginSampling(const Region& region, Address start) {
 
 void Engine::EndSampling(Segment* segment, bool approved) {
   segment->huge = approved ? Segment::kApproved : Segment::kPlain;
-  segment->wait = segment->backoff = 0;
+  segment->wait = segment->backoff = segment->looks = 0;
   segment->unsettled = 1;
   // Not of this pass: what the next sweep finds unwritten is still.
   SetSegment(*segment, Page().WithState(PageState::kFresh).WithStamp(pass_ - 1));
@@ -93,7 +101,7 @@ bool Engine::SampleSegment(Segment* segment) {
         ++now.zeros;
         continue;
       }
-      const auto hash = static_cast<std::uint32_t>(content::Hash(bytes + i * page_, page_, seed_) >> 32);
+      const std::uint32_t hash = HashOf(bytes + i * page_);
       if (!frames::SampleTable::Sampled(hash) || now.count == now.hashes.size()) continue;
       now.hashes[now.count++] = hash;
     }
@@ -136,14 +144,91 @@ std::size_t Engine::ExpectedOf(const Segment& segment, bool now) {
   return found * kOneIn + (now ? sample.zeros : sample.still_zeros);
 }
 
+// Not armed: it is let go of, being sampled, or waits for its turn; those behind it that wait, too, are passed in one go.
+// Returns how far.
+Address Engine::TendUnarmed(Segment* segment, Address end, bool now) {
+  if (!now && segment->wait) {
+    std::size_t passed = 0;
+    Address at = segment->start;
+    for (; segment && segment->start == at && at < end && segment->wait && !segment->armed();
+         segment = table_.NextSegment(at)) {
+      --segment->wait;
+      at += kSegmentBytes;
+      ++passed;
+    }
+    Add(counters_.pages_skipped, static_cast<std::int64_t>(passed * table_.pages_per_segment()));
+    return std::min(at, end);
+  }
+  if (segment->huge == Segment::kSampling) TendSampled(segment, now);
+  else TendLetGo(segment, now);
+  return std::min(end, segment->start + kSegmentBytes);
+}
+
+// All of the segment is there, nothing in it is merged, and nothing was written since the last look.
+void Engine::LetGoIfFruitless(Segment* segment) {
+  if (!SamplesHuge() || ++segment->looks < kLooks) return;
+  segment->looks = 0;
+  const Region* region = regions_.Find(segment->start);
+  if (!region || region->end - segment->start < kSegmentBytes) return;
+  for (std::size_t i = 0; i < table_.pages_per_segment(); ++i) {
+    Words* word = table_.Word(segment, i);
+    if (!word || Page(word->load(std::memory_order_acquire)).state() != PageState::kStill) return;
+  }
+  Address until = 0;
+  const os::Attributes attributes = FindAttributes(segment->start, &until);
+  const os::HugePages mode = system_.TransparentHugePages();
+  const bool wanted = mode == os::HugePages::kAlways || (mode == os::HugePages::kAdvised && attributes.huge_page);
+  if (!wanted || attributes.no_huge_page || until < segment->start + kSegmentBytes) return;
+  if (system_.WriteProtect(os::kTracker, {segment->start, kSegmentBytes}, false) != 0) return;
+  segment->huge = Segment::kLetGo;
+  segment->let_go = std::min<std::uint8_t>(segment->let_go + 1, kMaxLetGo);
+  segment->wait = static_cast<std::uint16_t>(kLetGoPasses << segment->let_go);
+}
+
+// Whether every page of the segment still holds what it held. False, too, where something is missing.
+bool Engine::IsUnchanged(const Segment& segment) {
+  // Reading what is not there would populate it.
+  os::ScanRequest request;
+  request.any_of = request.returned = os::kPresent;
+  os::PageRun run;
+  const os::ScanResult scan = system_.Scan({segment.start, kSegmentBytes}, request, &run, 1);
+  if (scan.error || scan.runs == 0 || run.start != segment.start || run.end != segment.start + kSegmentBytes) return false;
+  std::byte* const bytes = ReadBuffer(kReadPages);
+  const std::size_t pages = table_.pages_per_segment();
+  for (std::size_t first = 0; first < pages; first += kReadPages) {
+    const Address at = segment.start + first * page_;
+    const std::size_t n = std::min(kReadPages, pages - first);
+    if (system_.ReadProgram(at, bytes, n * page_) != n * page_) return false;
+    Add(counters_.pages_scanned, static_cast<std::int64_t>(n));
+    for (std::size_t i = 0; i < n; ++i) {
+      const Page page = table_.Load(at + i * page_);
+      if (page.state() != PageState::kStill || page.value() != HashOf(bytes + i * page_)) return false;
+    }
+  }
+  return true;
+}
+
+// A segment that was let go of has its turn.
+void Engine::TendLetGo(Segment* segment, bool now) {
+  if (gate_.LeftShut()) return;  // not now
+  if (now || !SamplesHuge() || !IsUnchanged(*segment)) {
+    segment->let_go = 0;
+    return EndSampling(segment, false);
+  }
+  os::ScanRequest request;
+  request.any_of = os::kPresent;
+  request.returned = os::kHuge;
+  os::PageRun run;
+  const os::ScanResult scan = system_.Scan({segment->start, kSegmentBytes}, request, &run, 1);
+  const Region* region = regions_.Find(segment->start);
+  if (!scan.error && scan.runs == 1 && (run.categories & os::kHuge) && region && BeginSampling(*region, segment->start)) return;
+  segment->let_go = std::min<std::uint8_t>(segment->let_go + 1, kMaxLetGo);
+  segment->wait = static_cast<std::uint16_t>(kLetGoPasses << segment->let_go);
+}
+
 // A segment that is being sampled has its turn. What it reads does not keep passes coming: only what it finds does.
 void Engine::TendSampled(Segment* segment, bool now) {
   if (!SamplesHuge()) return EndSampling(segment, false);
-  if (!now && segment->wait) {
-    --segment->wait;
-    Add(counters_.pages_skipped, static_cast<std::int64_t>(table_.pages_per_segment()));
-    return;
-  }
   const bool first = !segment->sample->taken;
   if (!SampleSegment(segment)) return EndSampling(segment, false);  // somebody else has split it, or discarded a part
   if (now) return;                                // decided when all have been seen: ApproveSampled
@@ -153,7 +238,7 @@ void Engine::TendSampled(Segment* segment, bool now) {
     return;
   }
   segment->backoff = std::min<std::uint8_t>(segment->backoff + 1, kMaxSampleBackoff);
-  segment->wait = static_cast<std::uint8_t>((1u << segment->backoff) - 1);
+  segment->wait = static_cast<std::uint16_t>((1u << segment->backoff) - 1);
 }
 
 bool Engine::ApproveIfWorthIt(Segment* segment, bool now) {

@@ -99,6 +99,11 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
   return read;
 }
 
+// The half of a hash that is kept.
+std::uint32_t Engine::HashOf(const std::byte* bytes) const {
+  return static_cast<std::uint32_t>(content::Hash(bytes, page_, seed_) >> 32);
+}
+
 Frame Engine::FrameWithRoom(Frame head, const std::byte* bytes) {
   int looked = 0;
   for (Frame f = head; f != kNoFrame && looked < 16; f = pool_.next(f), ++looked) {
@@ -112,7 +117,7 @@ void Engine::MatchPage(Address page, const std::byte* bytes) {
     zeros_[zeros_size_++] = page;
     return;
   }
-  const auto hash = static_cast<std::uint32_t>(content::Hash(bytes, page_, seed_) >> 32);
+  const std::uint32_t hash = HashOf(bytes);
   Frame frame = kNoFrame, full = kNoFrame;
   Address twin = 0;
   using Visit = frames::Index::Visit;
@@ -134,6 +139,10 @@ void Engine::MatchPage(Address page, const std::byte* bytes) {
     return Visit::kEraseStop;
   });
   if (twin) {
+    if (Segment* segment = table_.FindSegment(twin); segment->huge == Segment::kLetGo) {
+      segment->let_go = 0;
+      EndSampling(segment, false);  // armed by the next sweep, and merged by the one after it
+    }
     Set(twin, table_.Load(twin).WithIndexed(false));
     frame = Publish(hash, bytes, full);
     if (frame == kNoFrame) {

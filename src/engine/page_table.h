@@ -38,15 +38,19 @@ struct Sample {
 };
 
 struct Segment {
-  enum Huge : std::uint8_t { kPlain, kSampling, kApproved };
+  // kSampling and kLetGo are not armed: huge, or fit to become huge. See huge.cc.
+  enum Huge : std::uint8_t { kPlain, kSampling, kApproved, kLetGo };
   Address start = 0;
   std::array<std::atomic<Block*>, kMaxSegmentPages / kBlockPages> blocks{};
   std::uint16_t expected_present = 0;  // pages that the last sweep found present and private; scanner only
   std::uint16_t unsettled = 0;         // pages that the next sweep has to look at whatever it finds; scanner only
   std::uint8_t backoff = 0;            // sweeps to leave out are 2^backoff - 1; scanner only
-  std::uint8_t wait = 0;               // sweeps still to be left out
+  std::uint8_t looks = 0;              // complete looks in a row that found every page still and unlike any other
+  std::uint8_t let_go = 0;             // times in a row that it was let go of and found unchanged
+  std::uint16_t wait = 0;              // sweeps still to be left out
   Huge huge = kPlain;                  // scanner only
   Sample* sample = nullptr;            // kSampling
+  bool armed() const { return huge == kPlain || huge == kApproved; }
 };
 
 class PageTable {

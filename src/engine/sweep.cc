@@ -126,7 +126,7 @@ Address Engine::QuietUntil(const Region& region, Address from) {
   Address limit = std::min(region.end, from + kQuietBytes);
   for (const Segment* segment = table_.NextSegment(from); segment && segment->start < limit;
        segment = table_.NextSegment(segment->start + kSegmentBytes)) {
-    if (segment->unsettled || segment->wait || segment->huge == Segment::kSampling) limit = std::max(from, segment->start);
+    if (segment->unsettled || segment->wait || !segment->armed()) limit = std::max(from, segment->start);
   }
   if (limit <= from) return from;
   // Written alone is cheaper still, but holes count as written where memory is populated in parts.
@@ -154,22 +154,21 @@ std::size_t Engine::Sweep(const Region& region, Address from, Address to, bool n
     // Segments that keep being written are not armed for a while, so that the program does not pay for being watched; those
     // mapped by huge pages not before it is known to be worth it.
     Segment* segment = table_.NextSegment(from);
-    while (segment && segment->start < to && (segment->wait == 0 || now) && segment->huge != Segment::kSampling) {
+    while (segment && segment->start < to && (segment->wait == 0 || now) && segment->armed()) {
       segment = table_.NextSegment(segment->start + kSegmentBytes);
     }
     if (segment && segment->start < to) {
       const Address end = std::min(to, segment->start + kSegmentBytes);
       if (segment->start <= from) {
-        if (segment->huge == Segment::kSampling) {
-          TendSampled(segment, now);
-          *swept_to = end;
-          if (segment->huge == Segment::kSampling || !now) return 0;
+        if (!segment->armed()) {
+          *swept_to = TendUnarmed(segment, std::min(region.end, from + kQuietBytes), now);
+          if (!segment->armed() || !now) return 0;
           to = end;  // ksmu_merge: it is an ordinary one now
         }
       } else {
         to = *swept_to = segment->start;
       }
-      if (segment->start <= from && segment->wait && !now) {
+      if (segment->start <= from && segment->wait && !now) {  // armed, but hot
         --segment->wait;
         Add(counters_.pages_skipped, static_cast<std::int64_t>((end - from) / page_));
         *swept_to = end;
@@ -253,8 +252,10 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
     written |= (bits.written[i] & ~bits.zero[i]) != 0;
   }
   if (whole && !now && segment && !written && segment->unsettled == 0 && segment->expected_present == present) {
+    if (pass_ % kLookEvery == 0 && present == table_.pages_per_segment()) LetGoIfFruitless(segment);
     return 0;
   }
+  if (segment) segment->looks = 0;
   std::array<Address, kMaxSegmentPages> to_hash;
   std::size_t hash_count = 0, rewritten = 0, broken = 0;
   for (std::size_t i = low; i < high; ++i) {
@@ -391,7 +392,7 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
   segment->unsettled = static_cast<std::uint16_t>(unsettled);
   if (hot) {
     segment->backoff = std::min<std::uint8_t>(segment->backoff + 1, kMaxBackoff);
-    segment->wait = static_cast<std::uint8_t>((1u << segment->backoff) - 1);
+    segment->wait = static_cast<std::uint16_t>((1u << segment->backoff) - 1);
   } else if (!now) {
     segment->backoff = 0;
   }

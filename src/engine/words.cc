@@ -79,6 +79,7 @@ void Engine::ForgetRange(Span span) {
     segment->expected_present = 0;
     segment->unsettled = 0;
     segment->huge = Segment::kPlain;
+    segment->looks = segment->let_go = 0;
     at = segment->start + kSegmentBytes;
   }
 }

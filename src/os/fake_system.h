@@ -184,6 +184,7 @@ class FakeSystem : public System {
   int ReadAttributes(Span, void (*each)(void* cookie, const AttributedMapping&), void* cookie) override;
   std::size_t CountMappings() override;
   std::size_t MaxMappings() override { return max_mappings; }
+  HugePages TransparentHugePages() override { return HugePages::kAlways; }
   int MapFrames(Address at, std::size_t bytes, const File&, std::uint64_t offset, Protection, Address* out) override;
   int MapAnonymous(Address at, std::size_t bytes, Protection, Address* out) override;
   int MapApart(std::size_t bytes, bool no_reserve, Address* out) override;

@@ -275,4 +275,13 @@ std::size_t Mappings::Max() {
   return TakeDecimal(&text, &value) ? value : 65530;
 }
 
+HugePages Mappings::TransparentHugePages() {
+  // "always [madvise] never"
+  char buffer[64];
+  const std::int64_t size = ReadSmallFile(AT_FDCWD, "/sys/kernel/mm/transparent_hugepage/enabled", buffer, sizeof buffer);
+  const std::string_view text(buffer, size > 0 ? static_cast<std::size_t>(size) : 0);
+  if (text.find("[always]") != text.npos) return HugePages::kAlways;
+  return text.find("[madvise]") != text.npos ? HugePages::kAdvised : HugePages::kNever;
+}
+
 }  // namespace ksmu::os

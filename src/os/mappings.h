@@ -27,6 +27,7 @@ class Mappings {
   int ReadAttributes(Span span, void (*each)(void* cookie, const AttributedMapping&), void* cookie) const;
   std::size_t Count() const;
   static std::size_t Max();
+  static HugePages TransparentHugePages();
 
  private:
   int QueryKernel(Address address, Mapping* out) const;

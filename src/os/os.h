@@ -123,6 +123,8 @@ enum class Sharing : std::uint8_t { kAbsent, kExclusive, kShared };
 
 enum class Protection : std::uint8_t { kNone, kRead, kReadWrite };
 
+enum class HugePages : std::uint8_t { kNever, kAdvised, kAlways };
+
 struct Features {
   bool kernel_faults = false;  // faults of system calls are handled (else user-mode-only)
   bool fork_events = false;    // EVENT_FORK is permitted (CAP_SYS_PTRACE)
@@ -190,6 +192,7 @@ class System {
   // Number of mappings of the process.
   virtual std::size_t CountMappings() = 0;
   virtual std::size_t MaxMappings() = 0;     // vm.max_map_count
+  virtual HugePages TransparentHugePages() = 0;  // .../transparent_hugepage/enabled, read each time
   // A private mapping of frames. `at` == 0: at a free address; else replaces what is at `at` (MAP_FIXED: attributes,
   // registration and contents of the old mapping are lost, waiters are not woken). Returns the address in *out.
   virtual int MapFrames(Address at, std::size_t bytes, const File&, std::uint64_t offset, Protection, Address* out) = 0;
