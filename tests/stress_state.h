@@ -77,6 +77,7 @@ struct Tally {
   std::atomic<std::uint64_t> huge{0}, huge_split{0}, budget_changes{0}, budget_met{0};
   std::atomic<std::uint64_t> robust{0}, priority{0}, exit_words{0}, swapped_out{0};
   std::atomic<std::uint64_t> proc_mem_refused{0}, priority_refused{0}, unmarked_exit_words_lost{0};
+  std::atomic<std::int64_t> longest_exit_ms{0};
 };
 
 struct Phase {

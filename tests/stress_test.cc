@@ -279,6 +279,7 @@ int Report(double seconds) {
   printf("\nstress_test: documented limits met:");
   print("proc_mem_EIO", t.proc_mem_refused), print("futex_pi_EFAULT", t.priority_refused);
   print("unmarked_exit_words_lost", t.unmarked_exit_words_lost);
+  printf(" longest_exit_ms %lld", static_cast<long long>(t.longest_exit_ms.load()));
   printf("\n");
   if (g.direct_file < 0) printf("stress_test: without O_DIRECT: %s\n", g.why_no_direct.c_str());
   if (!g.ring_works.load()) printf("stress_test: without io_uring: %s\n", g.why_no_ring.c_str());

@@ -98,14 +98,16 @@ const Engine::Replicas* Engine::ReplicasOf(Frame frame, std::size_t pages) {
     chain = entry.frame;
     return Visit::kStop;
   });
-  Replicas made{kNoFrame, hash, 0};
-  while (made.count < count) {
+  Replicas made{kNoFrame, hash, 0}, stretch = made;
+  // Where the pool is in pieces they are not side by side at once: the longest stretch counts, and the others are frames
+  // like any other.
+  for (std::size_t tries = 2 * count; made.count < count && tries; --tries) {
     const Frame next = Publish(hash, pool_.Bytes(frame), chain);
     if (next == kNoFrame) break;
     chain = next;
-    // Where the places in the pool are not side by side, those from the gap on; the others are frames like any other.
-    if (made.count && (next != made.first + made.count || !pool_.SameFile(next, made.first))) made.count = 0;
-    if (made.count++ == 0) made.first = next;
+    if (stretch.count && (next != stretch.first + stretch.count || !pool_.SameFile(next, stretch.first))) stretch.count = 0;
+    if (stretch.count++ == 0) stretch.first = next;
+    if (stretch.count > made.count) made = stretch;
   }
   if (made.count < 2) return nullptr;
   Replicas& place = replicas_[replicas_next_++ % replicas_.size()];
@@ -127,13 +129,14 @@ void Engine::SpreadRepeats(Planned* plan, std::size_t count) {
   for (std::size_t i = 0; i < count;) {
     std::size_t end = i + 1;
     while (end < count && plan[end].page == plan[end - 1].page + page_ && same(plan[end].frame, plan[i].frame)) ++end;
-    if (const Replicas* replicas = end - i < 2 ? nullptr : ReplicasOf(plan[i].frame, end - i)) {
+    if (end - i >= 2) {
+      // What the plan has pinned is no sharer yet, and will not be one if it gets another frame. Nothing is reclaimed here.
+      for (std::size_t k = i; k < end; ++k) pool_.Unpin(plan[k].frame);
+      const Replicas* replicas = ReplicasOf(plan[i].frame, end - i);
       for (std::size_t k = i; k < end; ++k) {
-        const Frame frame = replicas->first + static_cast<Frame>((k - i) % replicas->count);
-        if (!HasRoom(frame)) break;
-        pool_.Pin(frame);
-        pool_.Unpin(plan[k].frame);
-        plan[k].frame = frame;
+        const Frame frame = replicas ? replicas->first + static_cast<Frame>((k - i) % replicas->count) : plan[k].frame;
+        if (HasRoom(frame)) plan[k].frame = frame;
+        pool_.Pin(plan[k].frame);
       }
     }
     i = end;

@@ -106,7 +106,7 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
     // Pages that were released and not unmapped after all are merged pages again.
     for (Segment* segment = table_.NextSegment(part.start); segment && segment->start < part.end();
          segment = table_.NextSegment(segment->start + kSegmentBytes)) {
-      segment->unsettled = 1;  // whatever is known of it, look again
+      LookAnew(segment);
       const Address low = std::max(part.start, segment->start), high = std::min(part.end(), segment->start + kSegmentBytes);
       for (Address a = low; a < high; a += page_) {
         Words* word = table_.Word(segment, (a - segment->start) / page_);
@@ -275,10 +275,7 @@ int Engine::UnmergeRange(const Region& region, Span span) {
       if (int error = UnmergeRun(region, {a, end - a})) return error;
       a = end;
     }
-    segment->unsettled = 1;
-    segment->backoff = segment->wait = 0;
-    segment->huge = Segment::kPlain;
-    segment->looks = segment->let_go = 0;
+    LookAnew(segment);
     FillMarked({low, high - low});
   }
   return 0;
@@ -525,7 +522,7 @@ int Engine::Discard(Span span) {
         if (page.state() == PageState::kZero) Add(counters_.discards, 1);
         Change(word, page, Page());
       }
-      segment->unsettled = 1;
+      LookAnew(segment);
     }
   }
   CountMappings(true);

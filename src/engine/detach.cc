@@ -109,7 +109,7 @@ bool Engine::Land(Span landing, bool* used) {
   *used = MoveOwn(landing.start, landing.bytes, run.start) == 0;
   bool landed = *used;
   KSMU_TEST_POINT("detach.landed", run.start, run.bytes);
-  AwaitForks(hold_until_);
+  AwaitForks(Patience());
   // The program can have moved the run away at this very moment. Then the mapping of the frames is where it has gone to, and
   // what has landed is in nobody's place.
   const Address now = WhereNow(run.start);
@@ -197,8 +197,11 @@ bool Engine::FillByMoving(std::size_t first, std::size_t end) {
   const Span part{WhereNow(place), (end - first) * page_};
   os::Mapping there;
   const int unknown = system_.QueryMapping(part.start, &there);
-  // Gone, or a stranger's by now: there is nothing to fill.
-  if (unknown == -ENOENT || (!unknown && (there.start > part.start || !there.anonymous))) return true;
+  // Gone, or a stranger's by now: there is nothing to fill. Unless it has only been moved, and the event is on its way.
+  if (unknown == -ENOENT || (!unknown && (there.start > part.start || !there.anonymous))) {
+    AwaitForks(Patience());
+    return WhereNow(place) == part.start;
+  }
   Address from = 0;
   if (unknown || there.end < part.end() || system_.MapAnonymous(0, part.bytes, os::Protection::kReadWrite, &from) != 0) return false;
   auto* const bytes = reinterpret_cast<std::byte*>(from);

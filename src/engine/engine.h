@@ -174,6 +174,8 @@ class Engine {
   Address TendUnarmed(Segment* segment, Address end, bool now);
   void LetGoIfFruitless(Segment* segment);
   void TendLetGo(Segment* segment, bool now);
+  void ArmAgain(Segment* segment);
+  static void LookAnew(Segment* segment);
   bool IsUnchanged(const Segment& segment);
   bool ApproveIfWorthIt(Segment* segment, bool now);
   bool ApproveSampled(Span span);
@@ -259,10 +261,11 @@ class Engine {
   void EndHold();
   void FollowHeld(std::size_t i);
   bool PlaceIsGone(std::size_t i, Address at);
+  enum class Went : std::uint8_t { kBack, kAgain, kRefused };
   void KeepCopy(std::size_t i);
   void ReturnHeld(std::size_t i);
   void MoveBackHeld(std::size_t i);
-  bool MoveBack(std::size_t i, Address at);
+  Went MoveBack(std::size_t i);
   void LetGo();
   void WakeRun(Span run);
   void UnmapTaken(Address taken_to, std::size_t bytes);
@@ -324,6 +327,12 @@ class Engine {
   Address cursor_ = 0;
   std::uint32_t pass_ = 1;
   std::uint64_t reclaim_at_ = 0, audit_at_ = 0;
+  bool skip_cold_ = false;        // this pass asks nothing about segments that have been quiet for long
+  std::uint32_t cold_pass_ = 0;   // the last one that did, and when it ended
+  std::uint64_t cold_at_ = 0;
+  bool looking_ = false;          // this pass looks at everything, whether it was written or not
+  std::uint32_t look_pass_ = 0;   // the last one that did, and when it ended
+  std::uint64_t look_at_ = 0;
   bool fruitful_ = false;
   bool now_ = false;              // ksmu_merge: pages need not have been still
   std::uint64_t mappings_until_ = 0;  // not counted again before, however often ksmu_merge is called

@@ -255,7 +255,8 @@ void Engine::OnFault(os::Context context, Child* child, const os::Event& event) 
     std::size_t most = span.bytes;
     bool refused = false;
     for (std::size_t done = 0; done < span.bytes;) {
-      const os::Partial filled = system_.Continue(context, {a + done, std::min(most, span.bytes - done)}, true);
+      // Unmarked where the scanner reads: should the frame be reclaimed, the mark would look like a page that is swapped out.
+      const os::Partial filled = system_.Continue(context, {a + done, std::min(most, span.bytes - done)}, !held);
       refused = filled.error == -EPERM || filled.error == -EACCES;
       done += filled.done;
       if (filled.error == -EEXIST) done += page_;
@@ -448,6 +449,10 @@ bool Engine::ApplyMoves() {
     // The program's own MREMAP_DONTUNMAP leaves the old mapping: empty, but over the frames still.
     os::Mapping left;
     const bool stays = system_.QueryMapping(moved.from, &left) == 0 && left.start <= moved.from;
+    for (Segment* segment = table_.NextSegment(to.start); segment && segment->start < to.end();
+         segment = table_.NextSegment(segment->start + kSegmentBytes)) {
+      LookAnew(segment);
+    }
     std::lock_guard lock(events_mutex_);
     for (Address a = moved.from; a < moved.end; a += page_) {
       Words* old_word = table_.Find(a);

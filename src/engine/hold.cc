@@ -101,7 +101,9 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
   }
   if (!cleared) {
     // Where threads discard without a pause there is no instant without an event: the pages go back as they are.
-    for (std::size_t i = 0; i < run.bytes / page_; ++i) MoveBackHeld(i);
+    for (std::size_t i = 0; i < run.bytes / page_; ++i) {
+      if (IsPrivate(to + i * page_, true)) MoveBackHeld(i);  // or a mark: that does no harm
+    }
     EndHold();
     return false;
   }
@@ -153,7 +155,16 @@ void Engine::FollowHeld(std::size_t i) {
   os::Mapping there;
   const bool too_late = system_.QueryMapping(put, &there) == 0 && there.start <= put &&
                         pool_.Shows(there, put, table_.Load(a).value()) && IsPrivate(put, true);
-  if (too_late && MoveOwn(put, page_, at) == 0 && table_.Load(a).discarded()) system_.Discard({at, page_});
+  if (too_late && MoveOwn(put, page_, at) != 0) {
+    // Refused: a copy, once nothing is in its way.
+    for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
+      std::lock_guard lock(events_mutex_);
+      if (held_kept_[i] && system_.Copy(breaker, at, buffer_ + i * page_, page_, false).error == -EAGAIN) return;
+    }
+    system_.Unmap({put, page_});
+  } else if (too_late && table_.Load(a).discarded()) {
+    system_.Discard({at, page_});
+  }
   held_put_[i] = at;
 }
 
@@ -216,7 +227,7 @@ bool Engine::PlaceIsGone(std::size_t i, Address at) {
   os::Mapping there;
   const int unknown = system_.QueryMapping(at, &there);
   if (unknown ? unknown != -ENOENT : there.start <= at && pool_.Shows(there, at, table_.Load(a).value())) return false;
-  AwaitForks(hold_until_);  // the event of a move may still be on its way
+  AwaitForks(Patience());  // the event of a move may still be on its way
   return WhereNow(a) == at;
 }
 
@@ -244,69 +255,68 @@ void Engine::ReturnHeld(std::size_t i) {
       if ((error == -EAGAIN && again) || error == -ENOMEM) continue;
     }
     // Neither breaker holds the place any more, or the page cannot be read, or a storm of discards leaves no instant for a
-    // copy: it goes back itself. Until it has there is no way out of here, nothing else keeps the bytes; unless the place
-    // is gone.
-    if (PlaceIsGone(i, at)) return;
+    // copy: it goes back itself. Until it has there is no way out of here, nothing else keeps the bytes.
     KeepCopy(i);
-    if (WhereNow(a) == at && MoveBack(i, at)) return;
+    if (MoveBack(i) == Went::kBack) return;
   }
 }
 
 // What a child gets of page i that was forked while the page was out of its place, and whose event is read when it is back.
-// Reading tells a page that is swapped out from a mark: afterwards there is a page, or a frame.
 void Engine::KeepCopy(std::size_t i) {
   const Address from = hold_.taken_to + i * page_;
-  bool kept = false;
-  for (int attempt = 0; attempt < 3 && !kept; ++attempt) {
-    if (system_.ReadProgram(from, buffer_ + i * page_, page_) != page_) break;
-    kept = IsPrivate(from);
-  }
+  // An empty place is not read: that would be a fault, in a storm of discards one that nobody can answer.
+  const bool kept = IsPrivate(from, hold_.settled) && system_.ReadProgram(from, buffer_ + i * page_, page_) == page_;
   std::lock_guard lock(events_mutex_);
   held_kept_[i] = kept;
 }
 
-// The page itself, pins and all, to its place; registered all along. A discard that is let through in the meantime may find
-// the place still empty: then it is done over.
-bool Engine::MoveBack(std::size_t i, Address at) {
+// The page itself, pins and all, to its place; registered all along. kBack: it is there, or known to be discarded, or the
+// place is gone.
+Engine::Went Engine::MoveBack(std::size_t i) {
   const Address a = hold_.run.start + i * page_;
   const Address from = hold_.taken_to + i * page_;
-  const bool moved = MoveOwn(from, page_, at) == 0;
+  Address at;
   {
     std::lock_guard lock(events_mutex_);
-    held_moved_[i] = moved;
+    if (table_.Load(a).discarded()) return Went::kBack;
+    at = NowAt(a);
+  }
+  if (PlaceIsGone(i, at)) return Went::kBack;
+  os::Mapping there;
+  if (system_.QueryMapping(at, &there) != 0) return Went::kAgain;
+  if (there.executable) return Went::kRefused;  // moved, it would lose that
+  const bool narrow = !(there.readable && there.writable);
+  if (narrow) system_.Protect({from, page_}, there.readable ? os::Protection::kRead : os::Protection::kNone);
+  bool ready;
+  {
+    std::lock_guard lock(events_mutex_);
+    if (table_.Load(a).discarded()) return Went::kBack;
+    ready = NowAt(a) == at && !EventsPending(hold_until_);
+  }
+  const bool moved = ready && MoveOwn(from, page_, at) == 0;
+  if (!moved) {
+    if (narrow) system_.Protect({from, page_}, os::Protection::kReadWrite);
+    return ready ? Went::kRefused : Went::kAgain;
+  }
+  {
+    std::lock_guard lock(events_mutex_);
+    held_moved_[i] = true;
     held_put_[i] = at;
   }
   KSMU_TEST_POINT("remerge.back", hold_.run.start, hold_.run.bytes);
-  if (moved && table_.Load(a).discarded()) system_.Discard({at, page_});
-  return moved;
+  // A discard that was let through in the meantime may have found the place still empty: it is done over.
+  if (table_.Load(a).discarded()) system_.Discard({at, page_});
+  return Went::kBack;
 }
 
 // Puts the page itself back, not a copy: somebody may have it pinned.
 void Engine::MoveBackHeld(std::size_t i) {
-  const Address a = hold_.run.start + i * page_;
-  const Address from = hold_.taken_to + i * page_;
   KeepCopy(i);
   KSMU_TEST_POINT("remerge.kept", hold_.run.start, hold_.run.bytes);
-  for (;;) {
-    Address at;
-    {
-      std::lock_guard lock(events_mutex_);
-      if (table_.Load(a).discarded()) return;
-      at = NowAt(a);
-    }
-    if (PlaceIsGone(i, at)) return;
-    os::Mapping there;
-    if (WhereNow(a) != at) continue;
-    const int unknown = system_.QueryMapping(at, &there);
-    if (unknown == -ENOENT) continue;
-    if (!unknown && there.executable) return ReturnHeld(i);  // moved, it would lose that
-    if (!unknown && !(there.readable && there.writable)) {
-      system_.Protect({from, page_}, there.readable ? os::Protection::kRead : os::Protection::kNone);
-    }
-    if (MoveBack(i, at)) return;
-    // Refused: a copy keeps the bytes at least.
-    system_.Protect({from, page_}, os::Protection::kReadWrite);
-    return ReturnHeld(i);
+  for (;; system_.Yield()) {
+    const Went went = MoveBack(i);
+    if (went == Went::kBack) return;
+    if (went == Went::kRefused) return ReturnHeld(i);  // a copy keeps the bytes at least
   }
 }
 

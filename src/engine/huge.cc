@@ -19,7 +19,7 @@
 namespace ksmu::engine {
 namespace {
 constexpr std::uint8_t kMaxSampleBackoff = 7;
-constexpr std::uint8_t kLooks = 2;            // complete ones, kLookEvery passes apart
+constexpr std::uint8_t kLooks = 2;            // complete ones
 constexpr std::uint16_t kLetGoPasses = 32;    // until it is looked at again, and twice as many each time
 constexpr std::uint8_t kMaxLetGo = 6;
 constexpr std::uint32_t kOneIn = 16;
@@ -164,6 +164,19 @@ Address Engine::TendUnarmed(Segment* segment, Address end, bool now) {
   return std::min(end, segment->start + kSegmentBytes);
 }
 
+// Whatever is known of the segment, look again: something has been done to it.
+void Engine::LookAnew(Segment* segment) {
+  segment->huge = Segment::kPlain;
+  segment->wait = segment->backoff = segment->looks = segment->let_go = segment->quiet = 0;
+  segment->unsettled = 1;
+}
+
+void Engine::ArmAgain(Segment* segment) {
+  segment->let_go = 0;
+  system_.WriteProtect(os::kTracker, {segment->start, kSegmentBytes}, true);
+  EndSampling(segment, false);
+}
+
 // All of the segment is there, nothing in it is merged, and nothing was written since the last look.
 void Engine::LetGoIfFruitless(Segment* segment) {
   if (!SamplesHuge() || ++segment->looks < kLooks) return;
@@ -211,10 +224,7 @@ bool Engine::IsUnchanged(const Segment& segment) {
 // A segment that was let go of has its turn.
 void Engine::TendLetGo(Segment* segment, bool now) {
   if (gate_.LeftShut()) return;  // not now
-  if (now || !SamplesHuge() || !IsUnchanged(*segment)) {
-    segment->let_go = 0;
-    return EndSampling(segment, false);
-  }
+  if (now || !SamplesHuge() || !IsUnchanged(*segment)) return ArmAgain(segment);
   os::ScanRequest request;
   request.any_of = os::kPresent;
   request.returned = os::kHuge;

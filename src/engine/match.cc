@@ -140,8 +140,7 @@ void Engine::MatchPage(Address page, const std::byte* bytes) {
   });
   if (twin) {
     if (Segment* segment = table_.FindSegment(twin); segment->huge == Segment::kLetGo) {
-      segment->let_go = 0;
-      EndSampling(segment, false);  // armed by the next sweep, and merged by the one after it
+      ArmAgain(segment);  // and merged by the next sweep, if nobody has written to it by then
     }
     Set(twin, table_.Load(twin).WithIndexed(false));
     frame = Publish(hash, bytes, full);
@@ -242,6 +241,10 @@ void Engine::MergePlanned(Planned* plan, std::size_t count) {
     if (region && region->kind == Region::kMergeable) {
       const Region copy = *region;
       MergeRun(copy, plan[i].page, end - i, plan[i].frame);
+      // A twin's segment is another one, and may have been quiet: what could not be merged there is to be tried again.
+      for (const Address a : {plan[i].page, plan[end - 1].page}) {
+        if (Segment* segment = table_.FindSegment(a); segment && segment->unsettled == 0) segment->unsettled = 1;
+      }
     }
     for (std::size_t k = i; k < end; ++k) pool_.Unpin(plan[k].frame);
     i = end;

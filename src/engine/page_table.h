@@ -46,6 +46,7 @@ struct Segment {
   std::uint16_t unsettled = 0;         // pages that the next sweep has to look at whatever it finds; scanner only
   std::uint8_t backoff = 0;            // sweeps to leave out are 2^backoff - 1; scanner only
   std::uint8_t looks = 0;              // complete looks in a row that found every page still and unlike any other
+  std::uint8_t quiet = 0;              // sweeps in a row that found nothing written, up to a few
   std::uint8_t let_go = 0;             // times in a row that it was let go of and found unchanged
   std::uint16_t wait = 0;              // sweeps still to be left out
   Huge huge = kPlain;                  // scanner only

@@ -76,10 +76,7 @@ void Engine::ForgetRange(Span span) {
     for (Address a = low; a < high; a += page_) {
       if (Words* word = table_.Word(segment, (a - segment->start) / page_)) ForgetPage(a, word);
     }
-    segment->expected_present = 0;
-    segment->unsettled = 0;
-    segment->huge = Segment::kPlain;
-    segment->looks = segment->let_go = 0;
+    LookAnew(segment);
     at = segment->start + kSegmentBytes;
   }
 }
