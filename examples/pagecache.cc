@@ -7,9 +7,11 @@
 
 #include <cstdio>
 #include <exception>
+#include <optional>
 #include <thread>
 
 #include "accounting.h"
+#include "beside_ksm.h"
 #include "command_line.h"
 #include "pagecache_input.h"
 #include "pages.h"
@@ -28,6 +30,7 @@ struct Options {
   bool merge = false;
   bool huge = false;     // MADV_HUGEPAGE
   bool no_huge = false;  // MADV_NOHUGEPAGE; neither: as the system has it
+  bool no_ksm = false;
 };
 
 // One guest: an anonymous mapping, as QEMU makes it, with the pages of files in it.
@@ -46,6 +49,10 @@ class PageCache {
  public:
   PageCache(const Options& options, std::vector<InputFile> files)
       : options_(options), files_(std::move(files)), expected_(PageSize()) {}
+  ~PageCache() {
+    for (const Guest& guest : guests_) munmap(guest.memory, guest.bytes());
+  }
+  PageCache(const PageCache&) = delete;
 
   void Load();
   Attainable CountAttainable(uint64_t max_page_sharing) const;
@@ -54,6 +61,7 @@ class PageCache {
   void RewriteATenth();
   uint64_t Check(const char* when);  // returns the number of wrong pages
   uint64_t pages() const;
+  std::vector<iovec> areas() const;
 
  private:
   Rewrite RewriteOf(uint64_t guest, uint64_t page) const;
@@ -107,6 +115,12 @@ uint64_t PageCache::pages() const {
   uint64_t pages = 0;
   for (const Guest& guest : guests_) pages += guest.pages;
   return pages;
+}
+
+std::vector<iovec> PageCache::areas() const {
+  std::vector<iovec> areas;
+  for (const Guest& guest : guests_) areas.push_back({guest.memory, guest.bytes()});
+  return areas;
 }
 
 Attainable PageCache::CountAttainable(uint64_t max_page_sharing) const {
@@ -241,6 +255,7 @@ CommandLine::Result ParseOptions(int argc, char** argv, Options* options) {
   line.Flag("merge", &options->merge, "merge by ksmu_merge at once instead of waiting for the scanner");
   line.Flag("huge", &options->huge, "ask for transparent huge pages, as QEMU does");
   line.Flag("no-huge", &options->no_huge, "refuse them; neither: as the system has it");
+  line.Flag("no-ksm", &options->no_ksm, "do not have the kernel's KSM do the same afterwards (as root, where nobody uses it)");
   line.Number("seconds", "S", &options->seconds, 1, 1 << 20, "wait no longer than this for savings to stop growing");
   line.Number("cpu-limit", "PERCENT", &options->cpu_limit, 0, 100, "the library's cpu_limit_percent; 0: no limit");
   const CommandLine::Result result = line.Parse(argc, argv);
@@ -259,6 +274,30 @@ CommandLine::Result ParseOptions(int argc, char** argv, Options* options) {
   return result;
 }
 
+// The same files in memory of their own, under the kernel's KSM: what it saves, how soon, and for how much CPU time.
+void CompareWithKsm(const Options& options, const std::vector<InputFile>& files, const Savings& savings, double seconds,
+                    double cpu_seconds) {
+  if (const std::string why = WhyNoKsm(); !why.empty()) {
+    printf("\nnot put beside the kernel's KSM: %s\n", why.c_str());
+    return;
+  }
+  printf("\nthe same under the kernel's KSM, flat out; its settings are put back\n");
+  KsmRun ksm;
+  {
+    PageCache cache(options, files);
+    cache.Load();
+    if (!MergeByKsm(cache.areas(), static_cast<double>(options.seconds), &ksm)) return;
+  }
+  printf("  %-6s %12s %14s %20s %10s %10s\n", "", "pages saved", "Pss saved, MiB", "MemAvailable, MiB", "after", "CPU");
+  const auto print = [](const char* name, const Savings& s, uint64_t pages, double after, double cpu) {
+    printf("  %-6s %12s %14.1f %20.1f %8.1f s %8.2f s\n", name, Grouped(pages).c_str(), Mebibytes(s.pss_saved()),
+           Mebibytes(s.available_gained()), after, cpu);
+  };
+  print("ksmu", savings, SavedPages(savings.stats), seconds, cpu_seconds);
+  const Savings kernels{.before = ksm.before, .after = ksm.after};
+  print("KSM", kernels, ksm.saved_pages, ksm.seconds, ksm.cpu_seconds);
+}
+
 int Run(const Options& options) {
   uint64_t unreadable = 0;
   std::vector<InputFile> files = ListFiles(options.paths, &unreadable);
@@ -267,7 +306,8 @@ int Run(const Options& options) {
     fprintf(stderr, "pagecache: no readable files in %s\n", options.paths.c_str());
     return kExitUsage;
   }
-  PageCache cache(options, std::move(files));
+  std::optional<PageCache> guests(std::in_place, options, files);
+  PageCache& cache = *guests;
   cache.Load();
 
   // Before the start: what the library itself takes is to show.
@@ -296,7 +336,8 @@ int Run(const Options& options) {
   const Savings savings = TakeSavings(before);
   PrintSavings(savings, attainable);
   PrintReasons(savings.stats);
-  printf("it took %.1f s, and %.2f s of CPU\n", progress.seconds_to_last_growth, LibraryCpuSeconds());
+  const double cpu_seconds = LibraryCpuSeconds();
+  printf("it took %.1f s, and %.2f s of CPU\n", progress.seconds_to_last_growth, cpu_seconds);
 
   uint64_t wrong = cache.Check("merged");
   cache.RewriteATenth();
@@ -323,6 +364,8 @@ int Run(const Options& options) {
     return kExitFailed;
   }
   printf("every byte was right\n");
+  guests.reset();
+  if (!options.no_ksm) CompareWithKsm(options, files, savings, progress.seconds_to_last_growth, cpu_seconds);
   return kExitOk;
 }
 

@@ -9,7 +9,7 @@
 #include <functional>
 #include <stdexcept>
 
-#include "ksm.h"
+#include "kernel_ksm.h"
 
 // What vmheap_heap.cc takes from the examples' report.cc, which knows of no subject but the library. Here memory is
 // advised to whichever subject there is, through the hook.
@@ -42,30 +42,30 @@ namespace {
 
 class Ksm final : public Subject {
  public:
-  explicit Ksm(uint64_t pages) : pages_(pages), thread_(ksm::Thread()) {}
+  explicit Ksm(uint64_t pages) : pages_(pages), thread_(examples::ksm::Thread()) {}
   void Start() override {
     if (thread_ < 0) throw std::runtime_error("there is no thread ksmd");
-    if (!ksm::Reset()) throw std::runtime_error("KSM cannot be reset");
+    if (!examples::ksm::Reset()) throw std::runtime_error("KSM cannot be reset");
   }
   void Advise(void* start, size_t bytes) override {
     if (madvise(start, bytes, MADV_MERGEABLE) != 0) throw std::runtime_error("madvise(MADV_MERGEABLE) failed");
   }
   void SetPace(Pace pace) override {
     // Settings are changed while it stands still: a batch under way would go on with the old ones.
-    bool set = ksm::Write("run", "0");
-    if (pace != Pace::kOff) set = set && (pace == Pace::kFlatOut ? ksm::SetFlatOut(pages_) : ksm::SetDefaults());
-    if (pace != Pace::kOff) set = set && ksm::Write("run", "1");
+    bool set = examples::ksm::Write("run", "0");
+    if (pace != Pace::kOff) set = set && (pace == Pace::kFlatOut ? examples::ksm::SetFlatOut(pages_) : examples::ksm::SetDefaults());
+    if (pace != Pace::kOff) set = set && examples::ksm::Write("run", "1");
     if (!set) throw std::runtime_error("KSM's settings cannot be written");
   }
   uint64_t CpuNs() override { return ThreadCpuNs(thread_); }
   uint64_t SavedPages() override {
-    return static_cast<uint64_t>(ksm::Read("pages_sharing") + std::max<int64_t>(ksm::Read("ksm_zero_pages"), 0));
+    return static_cast<uint64_t>(examples::ksm::Read("pages_sharing") + std::max<int64_t>(examples::ksm::Read("ksm_zero_pages"), 0));
   }
-  uint64_t FullScans() override { return static_cast<uint64_t>(ksm::Read("full_scans")); }
+  uint64_t FullScans() override { return static_cast<uint64_t>(examples::ksm::Read("full_scans")); }
   void ReportCounters(Metrics* metrics) override {
     for (const char* name : {"pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "ksm_zero_pages",
                              "pages_scanned", "pages_skipped", "full_scans", "general_profit"}) {
-      (*metrics)[name] = static_cast<double>(ksm::Read(name));
+      (*metrics)[name] = static_cast<double>(examples::ksm::Read(name));
     }
   }
 

@@ -11,7 +11,7 @@
 #include <fstream>
 #include <thread>
 
-#include "ksm.h"
+#include "kernel_ksm.h"
 
 namespace bench {
 namespace {
@@ -219,7 +219,7 @@ std::vector<std::pair<std::string, std::string>> Machine() {
           {"transparent_hugepage", FirstLine("/sys/kernel/mm/transparent_hugepage/enabled")},
           {"max_map_count", FirstLine("/proc/sys/vm/max_map_count")},
           {"load_average", FirstLine("/proc/loadavg")},
-          {"ksm", ksm::Available() ? "yes" : "no"},
+          {"ksm", examples::ksm::Available() ? "yes" : "no"},
           {"ksmu", ksmu_version()}};
 }
 

@@ -1,6 +1,6 @@
 // The kernel's KSM: its settings, its counters, and the thread that does its work.
-#ifndef KSMU_BENCH_VS_KSM_KSM_H_
-#define KSMU_BENCH_VS_KSM_KSM_H_
+#ifndef KSMU_EXAMPLES_KERNEL_KSM_H_
+#define KSMU_EXAMPLES_KERNEL_KSM_H_
 
 #include <sys/types.h>
 
@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-namespace bench::ksm {
+namespace examples::ksm {
 
 bool Available();                                        // the kernel has KSM
 bool InUse();                                            // somebody runs it, or something is merged
@@ -17,7 +17,7 @@ pid_t Thread();                                          // ksmd; -1: not found
 int64_t Read(const char* name);                          // -1: cannot be read
 bool Write(const char* name, const std::string& value);  // false: errno
 
-// Keeps others of this program away from KSM for as long as this one lives. False: there is one.
+// Keeps others that use this away from KSM for as long as this one lives. False: there is one.
 bool Claim();
 
 // Unmerges everything and leaves KSM stopped.
@@ -45,6 +45,6 @@ class Settings {
   int64_t max_map_count_ = -1;
 };
 
-}  // namespace bench::ksm
+}  // namespace examples::ksm
 
-#endif  // KSMU_BENCH_VS_KSM_KSM_H_
+#endif  // KSMU_EXAMPLES_KERNEL_KSM_H_

@@ -1,4 +1,4 @@
-#include "ksm.h"
+#include "kernel_ksm.h"
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -13,7 +13,7 @@
 #include <cstring>
 #include <fstream>
 
-namespace bench::ksm {
+namespace examples::ksm {
 namespace {
 
 constexpr char kDirectory[] = "/sys/kernel/mm/ksm/";
@@ -44,7 +44,7 @@ bool SetAll(std::initializer_list<std::pair<const char*, std::string>> settings)
     if (access((std::string(kDirectory) + name).c_str(), W_OK) != 0) continue;  // an older kernel has fewer
     if (ReadFile(std::string(kDirectory) + name) == value) continue;
     if (!Write(name, value)) {
-      fprintf(stderr, "vs_ksm: /sys/kernel/mm/ksm/%s = %s: %s\n", name, value.c_str(), strerror(errno));
+      fprintf(stderr, "KSM: /sys/kernel/mm/ksm/%s = %s: %s\n", name, value.c_str(), strerror(errno));
       return false;
     }
   }
@@ -131,14 +131,14 @@ bool Settings::Restore() {
   if (saved_.empty()) return restored;
   // Some cannot be set while anything is shared, pages_to_scan not under the advisor, and nothing may run half set: so
   // stop first, the advisor second to last, run last.
-  if (!Reset()) fprintf(stderr, "vs_ksm: KSM could not be stopped: %s\n", strerror(errno));
+  if (!Reset()) fprintf(stderr, "KSM: KSM could not be stopped: %s\n", strerror(errno));
   SetAll({{"advisor_mode", "none"}});
   const auto turn = [](const std::string& name) { return name == "run" ? 2 : name == "advisor_mode" ? 1 : 0; };
   std::stable_sort(saved_.begin(), saved_.end(),
                    [&turn](const auto& a, const auto& b) { return turn(a.first) < turn(b.first); });
   for (const auto& [name, value] : saved_) {
     if (ReadFile(kDirectory + name) == value || Write(name.c_str(), value)) continue;
-    fprintf(stderr, "vs_ksm: /sys/kernel/mm/ksm/%s could not be set back to %s: %s\n", name.c_str(), value.c_str(),
+    fprintf(stderr, "KSM: /sys/kernel/mm/ksm/%s could not be set back to %s: %s\n", name.c_str(), value.c_str(),
             strerror(errno));
     restored = false;
   }
@@ -155,11 +155,11 @@ bool Settings::RestoreMaxMapCount() {
   if (max_map_count_ < 0) return true;
   const std::string value = std::to_string(max_map_count_);
   if (ReadFile(kMaxMapCount) != value && !WriteFile(kMaxMapCount, value)) {
-    fprintf(stderr, "vs_ksm: vm.max_map_count could not be set back to %s: %s\n", value.c_str(), strerror(errno));
+    fprintf(stderr, "KSM: vm.max_map_count could not be set back to %s: %s\n", value.c_str(), strerror(errno));
     return false;
   }
   max_map_count_ = -1;
   return true;
 }
 
-}  // namespace bench::ksm
+}  // namespace examples::ksm
