@@ -106,7 +106,7 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
     // Pages that were released and not unmapped after all are merged pages again.
     for (Segment* segment = table_.NextSegment(part.start); segment && segment->start < part.end();
          segment = table_.NextSegment(segment->start + kSegmentBytes)) {
-      LookAnew(segment);
+      LookAgainAt(segment);
       const Address low = std::max(part.start, segment->start), high = std::min(part.end(), segment->start + kSegmentBytes);
       for (Address a = low; a < high; a += page_) {
         Words* word = table_.Word(segment, (a - segment->start) / page_);
@@ -522,7 +522,7 @@ int Engine::Discard(Span span) {
         if (page.state() == PageState::kZero) Add(counters_.discards, 1);
         Change(word, page, Page());
       }
-      LookAnew(segment);
+      LookAgainAt(segment);
     }
   }
   CountMappings(true);

@@ -186,7 +186,10 @@ void Engine::FillHeld(os::Context breaker) {
     // more, the pages come in a mapping of their own.
     const bool in_time = ++tries < kFillTries && system_.NowNanoseconds() < hold_until_;
     const bool again = error == -ENOMEM || (error == -EAGAIN && in_time);
-    if (!again && FillByMoving(i, end)) i = end;
+    if (!again) {
+      if (FillByMoving(i, end)) i = end;
+      else most = 1;
+    }
     system_.Yield();
   }
 }
@@ -200,7 +203,7 @@ bool Engine::FillByMoving(std::size_t first, std::size_t end) {
   // Gone, or a stranger's by now: there is nothing to fill. Unless it has only been moved, and the event is on its way.
   if (unknown == -ENOENT || (!unknown && (there.start > part.start || !there.anonymous))) {
     AwaitForks(Patience());
-    return WhereNow(place) == part.start;
+    return end - first == 1 && WhereNow(place) == part.start;  // of several the others may be there
   }
   Address from = 0;
   if (unknown || there.end < part.end() || system_.MapAnonymous(0, part.bytes, os::Protection::kReadWrite, &from) != 0) return false;

@@ -176,6 +176,7 @@ class Engine {
   void TendLetGo(Segment* segment, bool now);
   void ArmAgain(Segment* segment);
   static void LookAnew(Segment* segment);
+  void LookAgainAt(Segment* segment);
   bool IsUnchanged(const Segment& segment);
   bool ApproveIfWorthIt(Segment* segment, bool now);
   bool ApproveSampled(Span span);
@@ -261,6 +262,7 @@ class Engine {
   void EndHold();
   void FollowHeld(std::size_t i);
   bool PlaceIsGone(std::size_t i, Address at);
+  int CopyBack(Address at, const std::byte* bytes);
   enum class Went : std::uint8_t { kBack, kAgain, kRefused };
   void KeepCopy(std::size_t i);
   void ReturnHeld(std::size_t i);
@@ -412,6 +414,7 @@ class Engine {
   // events_mutex_.
   std::array<bool, kMaxRunPages> held_moved_{}, held_kept_{};
   std::array<Address, kMaxRunPages> held_put_{};
+  Span held_gone_;                           // a hole that is known to be one; scanner
   std::array<bool, kMaxRunPages> held_filled_{};  // which are not to read as zeros; scanner, and events once hold_.copied
   std::byte* event_scratch_ = nullptr;       // one page; event thread
   std::uint64_t children_checked_at_ = 0;    // event thread

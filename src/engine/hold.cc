@@ -40,7 +40,7 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
   // Under no breaker nobody would wait, and what is written to the place meanwhile would be lost.
   if (gate_.NeedsRepair() && !gate_.Repair()) return false;
   os::Mapping mapping;
-  if (system_.QueryMapping(run.start, &mapping) != 0 || mapping.end < run.end()) return false;
+  if (system_.QueryMapping(run.start, &mapping) != 0 || mapping.end < run.end() || mapping.executable) return false;
   // A word on it that the kernel has to write for a thread which cannot wait would not be written.
   if (system_.NowNanoseconds() > unwaitable_until_) RefreshUnwaitable();
   for (Address a = run.start; a < run.end(); a += page_) {
@@ -70,6 +70,7 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
     hold_.run = run;
     hold_.taken_to = 0;
     held_kept_.fill(false);
+    held_gone_ = {};
   }
   held_since_ = system_.NowNanoseconds();
   hold_until_ = Patience();
@@ -155,15 +156,15 @@ void Engine::FollowHeld(std::size_t i) {
   os::Mapping there;
   const bool too_late = system_.QueryMapping(put, &there) == 0 && there.start <= put &&
                         pool_.Shows(there, put, table_.Load(a).value()) && IsPrivate(put, true);
-  if (too_late && MoveOwn(put, page_, at) != 0) {
-    // Refused: a copy, once nothing is in its way.
-    for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
+  if (too_late && MoveOwn(put, page_, at) == 0) {
+    if (table_.Load(a).discarded()) system_.Discard({at, page_});
+  } else if (too_late) {
+    // Refused: a copy keeps the bytes. What lies at the old place is the last of them until there is one.
+    {
       std::lock_guard lock(events_mutex_);
-      if (held_kept_[i] && system_.Copy(breaker, at, buffer_ + i * page_, page_, false).error == -EAGAIN) return;
+      if (!table_.Load(a).discarded() && !(held_kept_[i] && CopyBack(at, buffer_ + i * page_) == 0)) return;
     }
     system_.Unmap({put, page_});
-  } else if (too_late && table_.Load(a).discarded()) {
-    system_.Discard({at, page_});
   }
   held_put_[i] = at;
 }
@@ -227,8 +228,23 @@ bool Engine::PlaceIsGone(std::size_t i, Address at) {
   os::Mapping there;
   const int unknown = system_.QueryMapping(at, &there);
   if (unknown ? unknown != -ENOENT : there.start <= at && pool_.Shows(there, at, table_.Load(a).value())) return false;
-  AwaitForks(Patience());  // the event of a move may still be on its way
-  return WhereNow(a) == at;
+  // The event of a move may still be on its way. Once for a whole hole: it will not be moved any more.
+  if (!held_gone_.contains(at)) AwaitForks(Patience());
+  if (WhereNow(a) != at) return false;
+  if (unknown || there.start > at) held_gone_ = {at, (unknown ? PageTable::kLimit : there.start) - at};
+  return true;
+}
+
+// A copy into a page's place, whichever breaker holds it. 0: something is there now. Under events_mutex_: it is refused while
+// an event is unread, so it cannot undo a discard that has already been let through.
+int Engine::CopyBack(Address at, const std::byte* bytes) {
+  int error = -EINVAL;
+  for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
+    const os::Partial copied = system_.Copy(breaker, at, bytes, page_, false);
+    if (copied.done == page_ || copied.error == -EEXIST) return 0;
+    if (error == -EINVAL || copied.error == -EAGAIN) error = copied.error;
+  }
+  return error;
 }
 
 // Puts page i of the hold back where it was. Returns when it is there, or known to be discarded.
@@ -236,21 +252,12 @@ void Engine::ReturnHeld(std::size_t i) {
   const Address a = hold_.run.start + i * page_;
   const Address from = hold_.taken_to + i * page_;
   for (int attempt = 0;; ++attempt, system_.Yield()) {
-    Address at;
     const bool readable = system_.ReadProgram(from, scratch_, page_) == page_;
     {
       std::lock_guard lock(events_mutex_);
       if (table_.Load(a).discarded()) return;
-      at = NowAt(a);
-      int error = -EINVAL;
-      if (readable) {
-        // The copy is refused while an event is unread, so it cannot undo a discard that has already been let through.
-        for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) {
-          const os::Partial copied = system_.Copy(breaker, at, scratch_, page_, false);
-          if (copied.done == page_ || copied.error == -EEXIST) return;
-          if (error == -EINVAL || copied.error == -EAGAIN) error = copied.error;
-        }
-      }
+      const int error = readable ? CopyBack(NowAt(a), scratch_) : -EINVAL;
+      if (error == 0) return;
       const bool again = attempt < kCopyTries && system_.NowNanoseconds() < hold_until_;
       if ((error == -EAGAIN && again) || error == -ENOMEM) continue;
     }
@@ -283,9 +290,11 @@ Engine::Went Engine::MoveBack(std::size_t i) {
   }
   if (PlaceIsGone(i, at)) return Went::kBack;
   os::Mapping there;
-  if (system_.QueryMapping(at, &there) != 0) return Went::kAgain;
-  if (there.executable) return Went::kRefused;  // moved, it would lose that
-  const bool narrow = !(there.readable && there.writable);
+  const int unknown = system_.QueryMapping(at, &there);
+  if (unknown == -ENOENT || (!unknown && !pool_.Shows(there, at, table_.Load(a).value()))) return Went::kAgain;
+  // Moved, it would lose the right to execute, which can only have come since it was taken: a copy, if one can be had.
+  if (!unknown && there.executable && system_.NowNanoseconds() < hold_until_) return Went::kRefused;
+  const bool narrow = !unknown && !(there.readable && there.writable);
   if (narrow) system_.Protect({from, page_}, there.readable ? os::Protection::kRead : os::Protection::kNone);
   bool ready;
   {

@@ -35,6 +35,8 @@ bool Engine::SamplesHuge() const {
 // Gives every page of the segment that maps no frame this state.
 void Engine::SetSegment(const Segment& segment, Page to) {
   for (Address a = segment.start; a < segment.start + kSegmentBytes; a += page_) {
+    const Region* region = regions_.Find(a);
+    if (!region || region->kind != Region::kMergeable) continue;
     Words* word = table_.Make(a);
     if (!word) return;
     Page page(word->load(std::memory_order_acquire));
@@ -169,6 +171,13 @@ void Engine::LookAnew(Segment* segment) {
   segment->huge = Segment::kPlain;
   segment->wait = segment->backoff = segment->looks = segment->let_go = segment->quiet = 0;
   segment->unsettled = 1;
+}
+
+// The same at the next sweep, without undoing what is known of its heat.
+void Engine::LookAgainAt(Segment* segment) {
+  if (segment->huge == Segment::kLetGo) return ArmAgain(segment);
+  segment->unsettled = 1;
+  segment->quiet = 0;
 }
 
 void Engine::ArmAgain(Segment* segment) {

@@ -21,6 +21,8 @@ void Engine::Leave(Address a, Reason reason) {
              .WithReason(reason)
              .WithStamp(pass_)
              .WithTries(page.state() == PageState::kUnmerged ? page.tries() + 1 : std::max(page.tries(), 1u)));
+  // It need not be in the segment in hand.
+  if (Segment* segment = table_.FindSegment(a); segment && segment->unsettled == 0) segment->unsettled = 1;
 }
 
 // Reads the pages to `into`, page i at place i. Where nothing can be read (unmapped, PROT_NONE) the page is left. Through
@@ -242,8 +244,9 @@ void Engine::MergePlanned(Planned* plan, std::size_t count) {
       const Region copy = *region;
       MergeRun(copy, plan[i].page, end - i, plan[i].frame);
       // A twin's segment is another one, and may have been quiet: what could not be merged there is to be tried again.
-      for (const Address a : {plan[i].page, plan[end - 1].page}) {
-        if (Segment* segment = table_.FindSegment(a); segment && segment->unsettled == 0) segment->unsettled = 1;
+      for (Segment* segment = table_.NextSegment(plan[i].page); segment && segment->start <= plan[end - 1].page;
+           segment = table_.NextSegment(segment->start + kSegmentBytes)) {
+        if (segment->unsettled == 0) segment->unsettled = 1;
       }
     }
     for (std::size_t k = i; k < end; ++k) pool_.Unpin(plan[k].frame);

@@ -191,7 +191,7 @@ std::size_t Engine::Remerge(Span run) {
       }
       system_.Yield();
     }
-    if (held_moved_[i]) continue;
+    if (held_moved_[i] || (i < read && held_written_[i])) continue;  // back already
     if (!mapped && !IsPrivate(taken_to + i * page_, true)) continue;  // discarded before it was taken: nothing to return
     if (!mapped) {
       ReturnHeld(i);
