@@ -244,9 +244,8 @@ void Engine::MergePlanned(Planned* plan, std::size_t count) {
       const Region copy = *region;
       MergeRun(copy, plan[i].page, end - i, plan[i].frame);
       // A twin's segment is another one, and may have been quiet: what could not be merged there is to be tried again.
-      for (Segment* segment = table_.NextSegment(plan[i].page); segment && segment->start <= plan[end - 1].page;
-           segment = table_.NextSegment(segment->start + kSegmentBytes)) {
-        if (segment->unsettled == 0) segment->unsettled = 1;
+      for (Address a = plan[i].page & ~(kSegmentBytes - 1); a <= plan[end - 1].page; a += kSegmentBytes) {
+        if (Segment* segment = table_.FindSegment(a); segment && segment->unsettled == 0) segment->unsettled = 1;
       }
     }
     for (std::size_t k = i; k < end; ++k) pool_.Unpin(plan[k].frame);
