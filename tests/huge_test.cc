@@ -133,6 +133,24 @@ KSMU_ISOLATED_TEST(Huge, WithoutSamplingAllAreSplit, 60) {
   ASSERT_TRUE(memory.Has(seed));
 }
 
+// Switched off, sampling ends at once, also where the next look was to come after many passes.
+KSMU_ISOLATED_TEST(Huge, SwitchedOffSamplingEndsAtOnce, 60) {
+  HugeMemory memory;
+  SKIP_WITHOUT_HUGE_PAGES(memory);
+  memory.Fill(Unique);
+  Flat();
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  WaitUntil([&] { return Get("unmerged_huge") == static_cast<std::int64_t>(memory.pages()); }, 20);
+  // Looked at again after 1, 3, 7 ... 127 passes.
+  const std::int64_t scans = Get("full_scans");
+  ASSERT_TRUE(WaitUntil([&] { return Get("full_scans") >= scans + 140; }, 30));
+  Set("thp_min_duplicates", 1);
+  const std::int64_t off = Get("full_scans");
+  WaitUntil([&] { return Get("full_scans") >= off + 4; }, 10);
+  EXPECT_EQ(Get("unmerged_huge"), 0) << Text(ReadStats());
+  ASSERT_TRUE(memory.Has(Unique));
+}
+
 // Memory in small pages that could be huge, and in which there is nothing to merge, is let go of: the kernel can make huge
 // pages of it again. What comes to it later is found all the same.
 KSMU_ISOLATED_TEST(Huge, WhatIsFruitlessIsLetGo, 90) {

@@ -149,7 +149,7 @@ std::size_t Engine::ExpectedOf(const Segment& segment, bool now) {
 // Not armed: it is let go of, being sampled, or waits for its turn; those behind it that wait, too, are passed in one go.
 // Returns how far.
 Address Engine::TendUnarmed(Segment* segment, Address end, bool now) {
-  if (!now && segment->wait) {
+  if (!now && segment->wait && SamplesHuge()) {
     std::size_t passed = 0;
     Address at = segment->start;
     for (; segment && segment->start == at && at < end && segment->wait && !segment->armed();
