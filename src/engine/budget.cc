@@ -69,7 +69,7 @@ std::size_t Engine::BudgetSpent(std::size_t runs) {
 Engine::Budget Engine::BudgetFor(Address start, std::size_t pages) {
   const std::size_t spent = BudgetSpent(0);
   if (spent == kWhole) return Budget::kNone;
-  if (long_runs_first_ && pages < ShortestRun(spent)) {
+  if ((long_runs_first_ || !now_) && pages < ShortestRun(spent)) {
     const Page page = table_.Load(start);
     const bool waited = page.state() == PageState::kUnmerged && page.reason() == Reason::kMapBudget && page.tries() >= kWaits;
     if (!waited) return Budget::kNotYet;
@@ -83,7 +83,7 @@ const Engine::Replicas* Engine::ReplicasOf(Frame frame, std::size_t pages) {
   const std::size_t count = std::bit_floor(std::min(kMaxReplicas, (pages + pool_.sharers(frame)) / kPagesAReplica));
   if (count < 2) return nullptr;
   for (Replicas& known : replicas_) {
-    if (known.count < count / 2 || known.count == 0 || known.hash != hash) continue;
+    if (known.count < count / 2 || known.hash != hash) continue;
     bool there = true;
     for (Frame f = known.first; there && f < known.first + known.count; ++f) {
       there = pool_.Live(f) && pool_.hash(f) == hash && HasRoom(f);

@@ -566,10 +566,7 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
     detached = counters_.detached.load(std::memory_order_relaxed);
     // Found anew for each portion: other commands are carried out in between.
     for (Address at = span.start; at < span.end();) {
-      if (cancelled(cookie)) {
-        long_runs_first_ = true;
-        return -EINTR;
-      }
+      if (cancelled(cookie)) return -EINTR;
       Region region;
       Address region_end = at;
       if (!NextIn(span, &region_end, &region)) break;
@@ -587,7 +584,6 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   }
   ReclaimFrames(false);
   now_ = false;
-  long_runs_first_ = true;
   ForgetReadBuffer();
   return done() - before;
 }

@@ -177,7 +177,9 @@ class Engine {
   void ArmAgain(Segment* segment);
   static void LookAnew(Segment* segment);
   void LookAgainAt(Segment* segment);
-  bool IsUnchanged(const Segment& segment);
+  void LetGoOn(Segment* segment);
+  bool IsWhole(const Segment& segment, bool* huge);
+  bool IsUnchanged(const Segment& segment, bool* huge);
   bool ApproveIfWorthIt(Segment* segment, bool now);
   bool ApproveSampled(Span span);
 
@@ -190,6 +192,7 @@ class Engine {
   std::uint32_t HashOf(const std::byte* bytes) const;
   frames::Frame FrameWithRoom(frames::Frame head, const std::byte* bytes);
   frames::Frame Publish(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
+  void Unsettle(Address page);
   void Leave(Address page, Reason reason);
   void MergePlanned(Planned* plan, std::size_t count);
   static void ForgetFrame(void* self, frames::Frame frame);
@@ -344,7 +347,7 @@ class Engine {
   // The part of the limit (1/N) that stays the program's, whatever max_maps says. To bring pages back to anonymous memory
   // can cut mappings too, and needs some for a moment; but it is how they are given back, and may go further.
   static constexpr std::size_t kMergingLeaves = 4, kTendingLeaves = 8, kUnmergingLeaves = 16;
-  bool long_runs_first_ = true;       // false in the later rounds of ksmu_merge
+  bool long_runs_first_ = true;       // of ksmu_merge: false once they have had their turn
   bool short_runs_wait_ = false;      // some were turned away for that
   std::array<Replicas, 64> replicas_{};  // made last; each may have been given up since
   std::size_t replicas_next_ = 0;

@@ -241,7 +241,7 @@ bool Gate::Repair() {
         ReadEvents();
         Drain();
       }
-      left_behind_ = true;
+      left_context_ = true;
       system_.Wake(r.leave, r.span);
     }
     if (!error && r.enter != os::kNoContext) error = system_.Register(r.enter, r.span, r.modes);

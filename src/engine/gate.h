@@ -68,7 +68,7 @@ class Gate {
   bool Repair();
   bool NeedsRepair() const { return !repairs_.empty(); }
   // True once after a repair has taken a range out of a context: what that has announced of it may be zapped later.
-  bool LeftBehind() { return std::exchange(left_behind_, false); }
+  bool LeftContext() { return std::exchange(left_context_, false); }
   // A gate could not be taken back yet: whoever reads what is missing in it waits, the scanner too.
   bool LeftShut() const {
     for (const Registration& r : repairs_) {
@@ -106,7 +106,7 @@ class Gate {
   std::array<bool, kMaxRunPages> gone_{};
   std::uint64_t shut_at_ = 0;
   base::OwnVector<Registration> repairs_;
-  bool left_behind_ = false;
+  bool left_context_ = false;
 };
 
 }  // namespace ksmu::engine

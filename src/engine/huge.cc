@@ -75,28 +75,30 @@ void Engine::EndSampling(Segment* segment, bool approved) {
   segment->sample = nullptr;
 }
 
-// Reads the segment and remembers what it has seen. False: the segment is not huge any more.
-bool Engine::SampleSegment(Segment* segment) {
-  if (gate_.LeftShut()) return true;  // not now
-  const Span span{segment->start, kSegmentBytes};
-  // Reading what is not there would populate it.
+// Whether all of the segment is there, and by one huge page. Asked before it is read: that would populate what is not there.
+bool Engine::IsWhole(const Segment& segment, bool* huge) {
   os::ScanRequest request;
   request.any_of = os::kPresent;
   request.returned = os::kPresent | os::kHuge;
   os::PageRun run;
-  const os::ScanResult scan = system_.Scan(span, request, &run, 1);
-  if (scan.error || scan.runs == 0 || run.start != span.start || run.end != span.end() || !(run.categories & os::kHuge)) {
-    return false;
-  }
+  const os::ScanResult scan = system_.Scan({segment.start, kSegmentBytes}, request, &run, 1);
+  if (scan.error || scan.runs == 0 || run.start != segment.start || run.end != segment.start + kSegmentBytes) return false;
+  *huge = run.categories & os::kHuge;
+  return true;
+}
+
+// Reads the segment and remembers what it has seen. False: the segment is not huge any more.
+bool Engine::SampleSegment(Segment* segment) {
+  if (gate_.LeftShut()) return true;  // not now
+  bool huge = false;
+  if (!IsWhole(*segment, &huge) || !huge) return false;
   Sample now;
   const std::size_t pages = table_.pages_per_segment();
-  std::array<Address, kReadPages> at;
   std::size_t read = 0;
   std::byte* const bytes = ReadBuffer(kReadPages);
   for (std::size_t first = 0; first < pages; first += kReadPages) {
     const std::size_t n = std::min(kReadPages, pages - first);
-    for (std::size_t i = 0; i < n; ++i) at[i] = span.start + (first + i) * page_;
-    const std::size_t whole = system_.ReadProgram(at[0], bytes, n * page_) / page_;
+    const std::size_t whole = system_.ReadProgram(segment->start + first * page_, bytes, n * page_) / page_;
     read += whole;
     for (std::size_t i = 0; i < whole; ++i) {
       if (content::IsZero(bytes + i * page_, page_)) {
@@ -202,19 +204,19 @@ void Engine::LetGoIfFruitless(Segment* segment) {
   const bool wanted = mode == os::HugePages::kAlways || (mode == os::HugePages::kAdvised && attributes.huge_page);
   if (!wanted || attributes.no_huge_page || until < segment->start + kSegmentBytes) return;
   if (system_.WriteProtect(os::kTracker, {segment->start, kSegmentBytes}, false) != 0) return;
+  LetGoOn(segment);
+}
+
+// Left alone for as long again, and more.
+void Engine::LetGoOn(Segment* segment) {
   segment->huge = Segment::kLetGo;
   segment->let_go = std::min<std::uint8_t>(segment->let_go + 1, kMaxLetGo);
   segment->wait = static_cast<std::uint16_t>(kLetGoPasses << segment->let_go);
 }
 
 // Whether every page of the segment still holds what it held. False, too, where something is missing.
-bool Engine::IsUnchanged(const Segment& segment) {
-  // Reading what is not there would populate it.
-  os::ScanRequest request;
-  request.any_of = request.returned = os::kPresent;
-  os::PageRun run;
-  const os::ScanResult scan = system_.Scan({segment.start, kSegmentBytes}, request, &run, 1);
-  if (scan.error || scan.runs == 0 || run.start != segment.start || run.end != segment.start + kSegmentBytes) return false;
+bool Engine::IsUnchanged(const Segment& segment, bool* huge) {
+  if (!IsWhole(segment, huge)) return false;
   std::byte* const bytes = ReadBuffer(kReadPages);
   const std::size_t pages = table_.pages_per_segment();
   for (std::size_t first = 0; first < pages; first += kReadPages) {
@@ -233,16 +235,11 @@ bool Engine::IsUnchanged(const Segment& segment) {
 // A segment that was let go of has its turn.
 void Engine::TendLetGo(Segment* segment, bool now) {
   if (gate_.LeftShut()) return;  // not now
-  if (now || !SamplesHuge() || !IsUnchanged(*segment)) return ArmAgain(segment);
-  os::ScanRequest request;
-  request.any_of = os::kPresent;
-  request.returned = os::kHuge;
-  os::PageRun run;
-  const os::ScanResult scan = system_.Scan({segment->start, kSegmentBytes}, request, &run, 1);
+  bool huge = false;
+  if (now || !SamplesHuge() || !IsUnchanged(*segment, &huge)) return ArmAgain(segment);
   const Region* region = regions_.Find(segment->start);
-  if (!scan.error && scan.runs == 1 && (run.categories & os::kHuge) && region && BeginSampling(*region, segment->start)) return;
-  segment->let_go = std::min<std::uint8_t>(segment->let_go + 1, kMaxLetGo);
-  segment->wait = static_cast<std::uint16_t>(kLetGoPasses << segment->let_go);
+  if (huge && region && BeginSampling(*region, segment->start)) return;
+  LetGoOn(segment);
 }
 
 // A segment that is being sampled has its turn. What it reads does not keep passes coming: only what it finds does.

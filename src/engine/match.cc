@@ -12,6 +12,11 @@ namespace ksmu::engine {
 using frames::Frame;
 using frames::kNoFrame;
 
+// The next sweep is to look at the page's segment, which need not be the one in hand.
+void Engine::Unsettle(Address a) {
+  if (Segment* segment = table_.FindSegment(a); segment && segment->unsettled == 0) segment->unsettled = 1;
+}
+
 void Engine::Leave(Address a, Reason reason) {
   const Page page = table_.Load(a);
   if (page.covers()) return;
@@ -21,8 +26,7 @@ void Engine::Leave(Address a, Reason reason) {
              .WithReason(reason)
              .WithStamp(pass_)
              .WithTries(page.state() == PageState::kUnmerged ? page.tries() + 1 : std::max(page.tries(), 1u)));
-  // It need not be in the segment in hand.
-  if (Segment* segment = table_.FindSegment(a); segment && segment->unsettled == 0) segment->unsettled = 1;
+  Unsettle(a);
 }
 
 // Reads the pages to `into`, page i at place i. Where nothing can be read (unmapped, PROT_NONE) the page is left. Through
@@ -244,9 +248,7 @@ void Engine::MergePlanned(Planned* plan, std::size_t count) {
       const Region copy = *region;
       MergeRun(copy, plan[i].page, end - i, plan[i].frame);
       // A twin's segment is another one, and may have been quiet: what could not be merged there is to be tried again.
-      for (Address a = plan[i].page & ~(kSegmentBytes - 1); a <= plan[end - 1].page; a += kSegmentBytes) {
-        if (Segment* segment = table_.FindSegment(a); segment && segment->unsettled == 0) segment->unsettled = 1;
-      }
+      for (Address a = plan[i].page & ~(kSegmentBytes - 1); a <= plan[end - 1].page; a += kSegmentBytes) Unsettle(a);
     }
     for (std::size_t k = i; k < end; ++k) pool_.Unpin(plan[k].frame);
     i = end;

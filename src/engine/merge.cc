@@ -139,8 +139,7 @@ std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, 
                         Reason* reason) {
   *reason = Reason::kFailed;
   if (gate_.NeedsRepair()) return 0;
-  if (gate_.LeftBehind()) all_in_flight_until_ = in_flight_until_ = system_.NowNanoseconds() + kInFlightNs;
-  CountMappings(false);
+  if (gate_.LeftContext()) all_in_flight_until_ = in_flight_until_ = system_.NowNanoseconds() + kInFlightNs;
   const std::uint64_t now = system_.NowNanoseconds();
   if (now > unwaitable_until_) RefreshUnwaitable();
 

@@ -132,7 +132,7 @@ bool Engine::Housekeeping() {
 // How far, in whole segments, nothing has been written and nothing waits to be looked at. To ask for written pages alone is
 // thirty times cheaper than to ask also whether they are frames, for which the kernel looks at every page's folio. What
 // this does not see (pages that are gone, copies made for a pin that only reads) a complete look does, now and then. And what has
-// been quiet many times in a row is not asked about in every pass, if they come fast: a scan costs 0.3 microseconds a mapping.
+// been quiet many times in a row is not asked about in every pass, if they come fast: a scan costs by the mapping, too.
 Address Engine::QuietUntil(const Region& region, Address from) {
   Address limit = std::min(region.end, from + kQuietBytes);
   std::size_t cold = 0;  // bytes
