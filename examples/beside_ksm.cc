@@ -4,7 +4,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -23,11 +22,6 @@ double KsmdCpuSeconds(pid_t thread) {
   std::ifstream file("/proc/" + std::to_string(thread) + "/schedstat");
   uint64_t nanoseconds = 0;
   return file >> nanoseconds ? static_cast<double>(nanoseconds) * 1e-9 : 0;
-}
-
-uint64_t SavedByKsm() {
-  return static_cast<uint64_t>(std::max<int64_t>(ksm::Read("pages_sharing"), 0) +
-                               std::max<int64_t>(ksm::Read("ksm_zero_pages"), 0));
 }
 
 // Holds SIGINT, SIGTERM and SIGHUP up for as long as it lives.
@@ -83,7 +77,7 @@ bool MergeByKsm(const std::vector<iovec>& areas, double max_seconds, KsmRun* run
   for (bool done = false; !done;) {
     if (signals.Wait(0.1)) return false;
     const double now = NowSeconds() - start;
-    const uint64_t saved = SavedByKsm();
+    const uint64_t saved = ksm::SavedPages();
     const int64_t scans = ksm::Read("full_scans");
     if (saved > run->saved_pages + run->saved_pages / 1000) {
       *run = {now, KsmdCpuSeconds(ksmd) - cpu_start, saved, run->before, {}};
@@ -93,7 +87,7 @@ bool MergeByKsm(const std::vector<iovec>& areas, double max_seconds, KsmRun* run
     done = (run->saved_pages != 0 && quiet) || now >= max_seconds;
   }
   ksm::Write("run", "0");
-  run->saved_pages = SavedByKsm();
+  run->saved_pages = ksm::SavedPages();
   run->after = ReadKernelAccount();
   for (const iovec& area : areas) madvise(area.iov_base, area.iov_len, MADV_UNMERGEABLE);
   return true;

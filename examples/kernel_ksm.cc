@@ -61,6 +61,10 @@ int64_t Read(const char* name) {
   return file >> value ? value : -1;
 }
 
+uint64_t SavedPages() {
+  return static_cast<uint64_t>(std::max<int64_t>(Read("pages_sharing"), 0) + std::max<int64_t>(Read("ksm_zero_pages"), 0));
+}
+
 bool Write(const char* name, const std::string& value) { return WriteFile(std::string(kDirectory) + name, value); }
 
 bool InUse() { return Read("run") != 0 || Read("pages_shared") != 0; }

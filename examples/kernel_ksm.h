@@ -15,6 +15,7 @@ bool Available();                                        // the kernel has KSM
 bool InUse();                                            // somebody runs it, or something is merged
 pid_t Thread();                                          // ksmd; -1: not found
 int64_t Read(const char* name);                          // -1: cannot be read
+uint64_t SavedPages();                                   // by sharing, and zero pages
 bool Write(const char* name, const std::string& value);  // false: errno
 
 // Keeps others that use this away from KSM for as long as this one lives. False: there is one.

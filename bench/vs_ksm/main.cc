@@ -19,6 +19,7 @@
 #include "table.h"
 
 namespace bench {
+namespace ksm = examples::ksm;
 namespace {
 
 enum ExitStatus { kOk = 0, kWrongBytes = 1, kUsage = 2, kCannotStart = 3, kFailed = 4, kBelowFloor = 5 };
@@ -116,7 +117,7 @@ struct Tally {
   bool failed = false, wrong = false;
 };
 
-void RunCase(const Case& c, const Options& options, bool have_ksm, examples::ksm::Settings* settings, Results* results,
+void RunCase(const Case& c, const Options& options, bool have_ksm, ksm::Settings* settings, Results* results,
              Tally* tally) {
   constexpr double kMaxSeconds = 1800;
   const bool raise = c.map_limit != 0 && !options.keep_map_limit;
@@ -124,9 +125,9 @@ void RunCase(const Case& c, const Options& options, bool have_ksm, examples::ksm
     fprintf(stderr, "vs_ksm: vm.max_map_count: %s\n", strerror(errno));
   }
   // What the one before has left behind is no concern of this one.
-  if (have_ksm && !examples::ksm::Reset()) fprintf(stderr, "vs_ksm: KSM could not be reset: %s\n", strerror(errno));
+  if (have_ksm && !ksm::Reset()) fprintf(stderr, "vs_ksm: KSM could not be reset: %s\n", strerror(errno));
   Outcome outcome = RunInChild(c.run, kMaxSeconds);
-  if (have_ksm) examples::ksm::Reset();
+  if (have_ksm) ksm::Reset();
   if (raise) settings->RestoreMaxMapCount();
   const auto wrong = outcome.metrics.find("wrong_pages");
   if (wrong != outcome.metrics.end() && wrong->second != 0) {
@@ -158,7 +159,7 @@ int Run(int argc, char** argv) {
   if (!Select(options, &cases, &lines)) return kUsage;
   if (options.list) return List(cases, lines), kOk;
 
-  const bool have_ksm = examples::ksm::Available();
+  const bool have_ksm = ksm::Available();
   if (geteuid() != 0) {
     fprintf(stderr, "vs_ksm: needs root, to set KSM up and vm.max_map_count\n");
     return kCannotStart;
@@ -166,14 +167,14 @@ int Run(int argc, char** argv) {
   if (!have_ksm) {
     fprintf(stderr, "vs_ksm: this kernel has no KSM (/sys/kernel/mm/ksm): only the library is measured\n");
     std::erase_if(cases, [](const Case& c) { return c.side == Side::kKsm; });
-  } else if (!examples::ksm::Claim()) {
-    fprintf(stderr, "vs_ksm: another vs_ksm is running\n");
+  } else if (!ksm::Claim()) {
+    fprintf(stderr, "vs_ksm: another comparison with KSM is running (vs_ksm or pagecache)\n");
     return kCannotStart;
-  } else if (examples::ksm::InUse() && !options.take_over) {
+  } else if (ksm::InUse() && !options.take_over) {
     fprintf(stderr,
             "vs_ksm: KSM is in use here (run is %lld, pages_shared %lld): --take-over unmerges it meanwhile and puts\n"
             "its settings back at the end\n",
-            static_cast<long long>(examples::ksm::Read("run")), static_cast<long long>(examples::ksm::Read("pages_shared")));
+            static_cast<long long>(ksm::Read("run")), static_cast<long long>(ksm::Read("pages_shared")));
     return kCannotStart;
   }
   if (const std::string error = TryLibrary(); !error.empty()) {
@@ -182,7 +183,7 @@ int Run(int argc, char** argv) {
   }
 
   CatchSignals();
-  examples::ksm::Settings settings;
+  ksm::Settings settings;
   std::string error;
   if (have_ksm && !settings.Save(&error)) {
     fprintf(stderr, "vs_ksm: KSM's settings: %s\n", error.c_str());

@@ -38,34 +38,33 @@ void LiveLine::End() {}
 }  // namespace examples
 
 namespace bench {
+namespace ksm = examples::ksm;
 namespace {
 
 class Ksm final : public Subject {
  public:
-  explicit Ksm(uint64_t pages) : pages_(pages), thread_(examples::ksm::Thread()) {}
+  explicit Ksm(uint64_t pages) : pages_(pages), thread_(ksm::Thread()) {}
   void Start() override {
     if (thread_ < 0) throw std::runtime_error("there is no thread ksmd");
-    if (!examples::ksm::Reset()) throw std::runtime_error("KSM cannot be reset");
+    if (!ksm::Reset()) throw std::runtime_error("KSM cannot be reset");
   }
   void Advise(void* start, size_t bytes) override {
     if (madvise(start, bytes, MADV_MERGEABLE) != 0) throw std::runtime_error("madvise(MADV_MERGEABLE) failed");
   }
   void SetPace(Pace pace) override {
     // Settings are changed while it stands still: a batch under way would go on with the old ones.
-    bool set = examples::ksm::Write("run", "0");
-    if (pace != Pace::kOff) set = set && (pace == Pace::kFlatOut ? examples::ksm::SetFlatOut(pages_) : examples::ksm::SetDefaults());
-    if (pace != Pace::kOff) set = set && examples::ksm::Write("run", "1");
+    bool set = ksm::Write("run", "0");
+    if (pace != Pace::kOff) set = set && (pace == Pace::kFlatOut ? ksm::SetFlatOut(pages_) : ksm::SetDefaults());
+    if (pace != Pace::kOff) set = set && ksm::Write("run", "1");
     if (!set) throw std::runtime_error("KSM's settings cannot be written");
   }
   uint64_t CpuNs() override { return ThreadCpuNs(thread_); }
-  uint64_t SavedPages() override {
-    return static_cast<uint64_t>(examples::ksm::Read("pages_sharing") + std::max<int64_t>(examples::ksm::Read("ksm_zero_pages"), 0));
-  }
-  uint64_t FullScans() override { return static_cast<uint64_t>(examples::ksm::Read("full_scans")); }
+  uint64_t SavedPages() override { return ksm::SavedPages(); }
+  uint64_t FullScans() override { return static_cast<uint64_t>(ksm::Read("full_scans")); }
   void ReportCounters(Metrics* metrics) override {
     for (const char* name : {"pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "ksm_zero_pages",
                              "pages_scanned", "pages_skipped", "full_scans", "general_profit"}) {
-      (*metrics)[name] = static_cast<double>(examples::ksm::Read(name));
+      (*metrics)[name] = static_cast<double>(ksm::Read(name));
     }
   }
 

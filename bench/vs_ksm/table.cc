@@ -14,6 +14,7 @@
 #include "kernel_ksm.h"
 
 namespace bench {
+namespace ksm = examples::ksm;
 namespace {
 
 Spread Summarise(std::vector<double> values) {
@@ -219,7 +220,7 @@ std::vector<std::pair<std::string, std::string>> Machine() {
           {"transparent_hugepage", FirstLine("/sys/kernel/mm/transparent_hugepage/enabled")},
           {"max_map_count", FirstLine("/proc/sys/vm/max_map_count")},
           {"load_average", FirstLine("/proc/loadavg")},
-          {"ksm", examples::ksm::Available() ? "yes" : "no"},
+          {"ksm", ksm::Available() ? "yes" : "no"},
           {"ksmu", ksmu_version()}};
 }
 
