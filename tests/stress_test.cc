@@ -301,8 +301,7 @@ int Report(double seconds) {
     enough("breaks", g_totals.broken, 20000);
     if (all_phases) enough("merges again in place", g_totals.remerged, 1000);
     if (t.budget_changes != 0) enough("refusals for want of mappings", static_cast<std::int64_t>(t.budget_met), 100);
-    // Two passes a memory that comes and goes: under a sanitizer, with passes of seconds, one in an hour is luck.
-    if (t.huge != 0 && !test::kSanitized) enough("huge pages split", static_cast<std::int64_t>(t.huge_split), 20);
+    if (t.huge != 0) enough("huge pages split", static_cast<std::int64_t>(t.huge_split), 20);
   }
   printf("stress_test: %s\n", g.failed.load() ? "FAILED" : "passed");
   return g.failed.load() ? 1 : 0;

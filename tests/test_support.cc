@@ -331,14 +331,17 @@ std::size_t PageSize() {
   return size;
 }
 
-Memory::Memory(std::size_t pages, int extra_mmap_flags) : pages_(pages) {
+Memory::Memory(std::size_t pages, int extra_mmap_flags, std::size_t aligned)
+    : pages_(pages), whole_bytes_((pages + 2) * PageSize() + aligned - 1) {
   whole_ = static_cast<char*>(
-      mmap(nullptr, (pages + 2) * PageSize(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+      mmap(nullptr, whole_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (whole_ == MAP_FAILED) {
     fprintf(stderr, "test memory of %zu pages: %s\n", pages, strerror(errno));
     abort();
   }
   data_ = whole_ + PageSize();
+  data_ += -reinterpret_cast<std::uintptr_t>(data_) & (aligned - 1);
+  before_ = static_cast<std::size_t>(data_ - whole_);
   if (mmap(data_, bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | extra_mmap_flags, -1, 0) !=
       data_) {
     fprintf(stderr, "test memory of %zu pages: %s\n", pages, strerror(errno));
@@ -355,8 +358,8 @@ Memory::~Memory() {
     ksmu_advise(data_, bytes(), KSMU_RELEASE);
     munmap(data_, bytes());
   }
-  munmap(whole_, PageSize());
-  munmap(whole_ + (pages_ + 1) * PageSize(), PageSize());
+  munmap(whole_, before_);
+  munmap(whole_ + before_ + bytes(), whole_bytes_ - before_ - bytes());
 }
 
 namespace {

@@ -93,7 +93,8 @@ std::size_t PageSize();
 // then munmap) at the end of its life. `gap`: inaccessible pages around it keep neighbours from growing together.
 class Memory {
  public:
-  explicit Memory(std::size_t pages, int extra_mmap_flags = 0);
+  // `aligned` to so many bytes, a power of two; the page's size at least.
+  explicit Memory(std::size_t pages, int extra_mmap_flags = 0, std::size_t aligned = 1);
   ~Memory();
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
@@ -109,6 +110,8 @@ class Memory {
   char* whole_;
   char* data_;
   std::size_t pages_;
+  std::size_t whole_bytes_;
+  std::size_t before_;  // of that, in front of data_
 };
 
 // Contents are functions of a seed; seed 0 is all zeros. Different seeds give pages that differ in most bytes.
