@@ -270,7 +270,7 @@ struct ksmu_stats {
   int64_t unmerged_unwaitable;
   int64_t unmerged_foreign;
   int64_t unmerged_failed;
-  int64_t gate_p99_us;        /* the 99th percentile of the times that gates were shut, at most a quarter too much */
+  int64_t gate_p99_us;        /* the 99th percentile of such times, at most a quarter too much */
 };
 
 /* X(field) for every field of struct ksmu_stats, in its order. */
