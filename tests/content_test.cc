@@ -1,6 +1,8 @@
 // Hash, compare and zero test: every size of page, every place of a difference, any alignment, and not a byte beyond.
 #include "content/content.h"
 
+#include "content/hash_avx2.h"
+
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -95,6 +97,7 @@ TEST_P(Content, HashSeesEveryByteAndTheSeed) {
   const std::uint64_t whole = Hash(page.data(), bytes, kSeed);
   EXPECT_EQ(whole, Hash(copy.data(), bytes, kSeed));
   EXPECT_EQ(whole, XXH3_64bits_withSeed(page.data(), bytes, kSeed)) << "frames are found by other processes' hashes";
+  EXPECT_EQ(whole, HashPlain(page.data(), bytes, kSeed)) << "other machines', without the wider vectors";
   EXPECT_NE(whole, Hash(page.data(), bytes, kSeed + 1));
   std::set<std::uint64_t> seen = {whole};
   std::set<std::uint32_t> upper = {static_cast<std::uint32_t>(whole >> 32)};  // what page words remember

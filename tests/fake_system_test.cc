@@ -162,6 +162,9 @@ TEST_F(FakeTest, ScanStopsAtCapacityAndInverts) {
   EXPECT_EQ(r.runs, 2u);
   EXPECT_EQ(runs[0].start, P(1));
   EXPECT_EQ(runs[1].start, P(3));
+  r = sys->Scan(S(0, 6), {.required = kPresent, .inverted = kPresent, .returned = 0, .max_pages = 1}, runs, 2);
+  EXPECT_EQ(r.runs, 1u);
+  EXPECT_EQ(r.walked_to, P(2));
 }
 
 TEST_F(FakeTest, GateBlocksAccessToWhatIsMissing) {

@@ -185,6 +185,26 @@ TEST_F(KernelTracking, ScanStopsWhereTheArrayIsFull) {
   EXPECT_EQ(runs[0].start, memory.at(4));
 }
 
+// Whether there is any is a cheap question, though one run reaches from end to end.
+TEST_F(KernelTracking, ScanStopsAfterSoManyPages) {
+  Uffd tracker(kTrackerFeatures);
+  Memory memory(64);
+  memory.Fill();
+  ASSERT_EQ(tracker.Register(memory.all(), kWriteProtect), 0);
+  for (std::uint32_t returned : {std::uint32_t{kWritten}, kWritten | kPresent}) {
+    ScanRequest request;
+    request.required = request.returned = returned;
+    request.max_pages = 1;
+    PageRun run;
+    const ScanResult result = pagemap_.Scan(memory.all(), request, &run, 1);
+    ASSERT_EQ(result.error, 0);
+    ASSERT_EQ(result.runs, 1u);
+    EXPECT_EQ(run.start, memory.at(0));
+    EXPECT_EQ(run.end, memory.at(1));
+    EXPECT_LE(result.walked_to, memory.at(1));
+  }
+}
+
 // A discarded page counts as written: what was known of it is no longer true.
 TEST_F(KernelTracking, DiscardedPageCountsAsWritten) {
   Uffd tracker(kTrackerFeatures);

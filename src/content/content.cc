@@ -5,9 +5,18 @@
 
 #include <cstring>
 
+#include "content/hash_avx2.h"
+
 namespace ksmu::content {
 
 std::uint64_t Hash(const void* page, std::size_t bytes, std::uint64_t seed) {
+#ifdef KSMU_HAVE_AVX2
+  if (__builtin_cpu_supports("avx2")) return HashAvx2(page, bytes, seed);
+#endif
+  return HashPlain(page, bytes, seed);
+}
+
+std::uint64_t HashPlain(const void* page, std::size_t bytes, std::uint64_t seed) {
   return XXH3_64bits_withSeed(page, bytes, seed);
 }
 

@@ -188,9 +188,10 @@ class Engine {
   std::size_t ReadPages(const Address* pages, std::size_t count, std::byte* into);
   std::byte* ReadBuffer(std::size_t count);
   void ForgetReadBuffer();
-  void MatchPage(Address page, const std::byte* bytes);
+  const std::byte* ReadTwin(Address candidate);
+  void MatchPage(Address page, std::uint32_t hash, const std::byte* bytes);
   std::uint32_t HashOf(const std::byte* bytes) const;
-  frames::Frame FrameWithRoom(frames::Frame head, const std::byte* bytes);
+  frames::Frame FrameWithRoom(frames::Frame head, Address page, const std::byte* bytes);
   frames::Frame Publish(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
   void Unsettle(Address page);
   void Leave(Address page, Reason reason);
@@ -215,6 +216,7 @@ class Engine {
   std::size_t Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes, Reason* reason);
   Reason WhyNotTaken(Address page, int error, Span rest, bool* healed);
   void RefreshAttributes();
+  bool AttributesDue() const;
   void AttributesUnread(Span span);
   bool AttributesKnown(Address a);
   os::Attributes FindAttributes(Address a, Address* until);
@@ -353,12 +355,15 @@ class Engine {
   std::size_t replicas_next_ = 0;
   std::size_t chunk_ = 0;
   static constexpr std::size_t kReadPages = kMaxRunPages;  // read and hashed at a time
+  static constexpr std::size_t kTwinPages = 16;            // candidates read ahead
   static constexpr std::size_t kHugeBytes = std::size_t{2} << 20;
   std::byte* buffer_ = nullptr;   // kReadPages pages
   std::size_t buffer_used_ = 0;   // bytes of buffer_ that have ever been touched
-  std::byte* huge_ = nullptr;     // the same in a huge page
+  std::byte* huge_ = nullptr;     // the same in a huge page, and kTwinPages more
   std::size_t huge_used_ = 0;     // what it takes now
   std::array<std::uint64_t, kReadPages / 64> unread_{};  // pages of the portion that could not be read
+  std::byte* twin_bytes_ = nullptr;  // in huge_
+  Span twins_read_;                  // whose bytes these are; of the batch in hand
   std::byte* scratch_ = nullptr;  // one page
   os::PageRun* runs_ = nullptr;
   Planned* plan_ = nullptr;       // of the segment in hand: its own pages, then their twins elsewhere
@@ -377,7 +382,8 @@ class Engine {
   Look look_;
   os::PageRun* look_runs_ = nullptr;
   base::OwnVector<os::AttributedMapping> attributes_;
-  std::uint64_t attributes_until_ = 0, attributes_cost_ = 0;
+  std::uint64_t attributes_until_ = 0, attributes_cost_ = 0;  // 0: at once
+  std::size_t attributes_maps_ = 0;  // maps_used_ when they were read
   static constexpr std::uint64_t kCheapAttributes = 2'000'000;  // ns
   bool attributes_known_ = false, attributes_lost_ = false;
   base::OwnVector<Span> not_read_;  // advised since the last reading

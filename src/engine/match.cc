@@ -1,6 +1,8 @@
 // From a still page to a decision: zero, a frame to map, a twin to publish a frame with, or a candidate.
 
 #include <algorithm>
+#include <array>
+#include <bitset>
 
 #include "base/test_point.h"
 #include "content/content.h"
@@ -57,7 +59,7 @@ std::size_t Engine::ReadPages(const Address* pages, std::size_t count, std::byte
 // Where pages are read to. The kernel pins what it writes to, page by page: a huge page spares it half of the work, but is
 // worth its memory only when there is much to read; it is given back when there is no more (ForgetReadBuffer).
 std::byte* Engine::ReadBuffer(std::size_t count) {
-  if (count >= kReadPages && !huge_) huge_ = static_cast<std::byte*>(base::MapOwnHugePages(kReadPages * page_));
+  if (count >= kReadPages && !huge_) huge_ = static_cast<std::byte*>(base::MapOwnHugePages((kReadPages + kTwinPages) * page_));
   if (count >= kReadPages && huge_) {
     huge_used_ = kHugeBytes;
     return huge_;
@@ -78,13 +80,26 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
   look_ = Look{};
   std::size_t read = 0;
   std::byte* const bytes = ReadBuffer(count);
-  // In portions that stay in the cache between the reading and the hashing.
+  twins_read_ = {};
+  // In portions that stay in the cache between the reading, the hashing and the comparing.
   for (std::size_t first = 0; first < count; first += kReadPages) {
     const std::size_t n = std::min(kReadPages, count - first);
     read += ReadPages(pages + first, n, bytes);
+    std::array<std::uint32_t, kReadPages> hashes;
+    std::bitset<kReadPages> leave;
     for (std::size_t i = 0; i < n; ++i) {
-      if (unread_[i / 64] >> i % 64 & 1) continue;  // left as it is, with its reason
-      MatchPage(pages[first + i], bytes + i * page_);
+      leave[i] = unread_[i / 64] >> i % 64 & 1;  // left as it is, with its reason
+      if (leave[i]) continue;
+      if (tunables_.use_zero_pages.load(std::memory_order_relaxed) && content::IsZero(bytes + i * page_, page_)) {
+        zeros_[zeros_size_++] = pages[first + i];
+        leave[i] = true;
+        continue;
+      }
+      hashes[i] = HashOf(bytes + i * page_);
+      index_.Prefetch(hashes[i]);
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+      if (!leave[i]) MatchPage(pages[first + i], hashes[i], bytes + i * page_);
     }
   }
   Add(counters_.pages_scanned, static_cast<std::int64_t>(read));
@@ -110,27 +125,42 @@ std::uint32_t Engine::HashOf(const std::byte* bytes) const {
   return static_cast<std::uint32_t>(content::Hash(bytes, page_, seed_) >> 32);
 }
 
-Frame Engine::FrameWithRoom(Frame head, const std::byte* bytes) {
+// A frame of this hash and content that may have one more sharer. Where the page continues a run and the frame is the one
+// that would continue it, the hash is believed here: that just this frame has the same 32 bits by chance does not happen,
+// and the gate compares every byte in any case.
+Frame Engine::FrameWithRoom(Frame head, Address page, const std::byte* bytes) {
+  const Planned* last = plan_size_ ? &plan_[plan_size_ - 1] : nullptr;
+  const Frame expected = last && last->page + page_ == page ? last->frame + 1 : kNoFrame;
   int looked = 0;
   for (Frame f = head; f != kNoFrame && looked < 16; f = pool_.next(f), ++looked) {
-    if (HasRoom(f) && content::Equal(pool_.Bytes(f), bytes, page_)) return f;
+    if (HasRoom(f) && (f == expected || content::Equal(pool_.Bytes(f), bytes, page_))) return f;
   }
   return kNoFrame;
 }
 
-void Engine::MatchPage(Address page, const std::byte* bytes) {
-  if (tunables_.use_zero_pages.load(std::memory_order_relaxed) && content::IsZero(bytes, page_)) {
-    zeros_[zeros_size_++] = page;
-    return;
+// What a candidate held a moment ago, null if it cannot be read. Duplicates come in runs: where the one before was its
+// neighbour the next ones are read with it. What is read early may be old when it is compared; the gate proves what is new.
+const std::byte* Engine::ReadTwin(Address candidate) {
+  if (twins_read_.contains(candidate)) return twin_bytes_ + (candidate - twins_read_.start);
+  if (huge_used_ == 0) return system_.ReadProgram(candidate, scratch_, page_) == page_ ? scratch_ : nullptr;
+  std::size_t pages = 1;
+  if (candidate == twins_read_.end()) {
+    // Only what is known to be there: to read a page that is not would make it.
+    while (pages < kTwinPages && table_.Load(candidate + pages * page_).state() == PageState::kStill) ++pages;
   }
-  const std::uint32_t hash = HashOf(bytes);
+  twin_bytes_ = huge_ + kReadPages * page_;
+  twins_read_ = {candidate, system_.ReadProgram(candidate, twin_bytes_, pages * page_) / page_ * page_};
+  return twins_read_.bytes ? twin_bytes_ : nullptr;
+}
+
+void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes) {
   Frame frame = kNoFrame, full = kNoFrame;
   Address twin = 0;
   using Visit = frames::Index::Visit;
   index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
     if (entry.is_frame) {
       if (pool_.hash(entry.frame) != hash) return Visit::kNext;
-      frame = FrameWithRoom(entry.frame, bytes);
+      frame = FrameWithRoom(entry.frame, page, bytes);
       if (frame != kNoFrame) return Visit::kStop;
       if (content::Equal(pool_.Bytes(entry.frame), bytes, page_)) full = entry.frame;
       return Visit::kNext;
@@ -139,8 +169,9 @@ void Engine::MatchPage(Address page, const std::byte* bytes) {
     const Page known = table_.Load(candidate);
     if (candidate == page || known.state() != PageState::kStill || !known.indexed()) return Visit::kEraseNext;
     if (known.value() != hash) return Visit::kNext;
-    if (system_.ReadProgram(candidate, scratch_, page_) != page_) return Visit::kEraseNext;
-    if (!content::Equal(scratch_, bytes, page_)) return Visit::kNext;
+    const std::byte* const held = ReadTwin(candidate);
+    if (!held) return Visit::kEraseNext;
+    if (!content::Equal(held, bytes, page_)) return Visit::kNext;
     twin = candidate;
     return Visit::kEraseStop;
   });

@@ -15,6 +15,7 @@ using frames::Frame;
 
 namespace {
 constexpr std::uint64_t kAttributesLive = 500'000'000;  // ns: a raw madvise in between is seen late; see docs/limits.md
+constexpr std::uint64_t kAttributesOfMapping = 2'500;     // ns, to read one more
 constexpr std::uint64_t kUnwaitableLive = 2'000'000;
 constexpr std::size_t kMaxUnread = 256;
 constexpr std::uint64_t kInFlightNs = 2'000'000'000;
@@ -43,6 +44,13 @@ void Engine::RefreshAttributes() {
   if (attributes_known_) not_read_.clear();
   attributes_cost_ = system_.ThreadCpuNanoseconds() - cpu;
   attributes_until_ = begun + std::max(kAttributesLive, 50 * attributes_cost_);
+  attributes_maps_ = maps_used_;
+}
+
+// At most 2 % of the time goes into it: what has been merged since the last reading makes the next one dearer.
+bool Engine::AttributesDue() const {
+  const std::uint64_t grown = maps_used_ > attributes_maps_ ? maps_used_ - attributes_maps_ : 0;
+  return system_.NowNanoseconds() >= attributes_until_ + (attributes_until_ ? 50 * kAttributesOfMapping * grown : 0);
 }
 
 // Memory that came after the last reading, or may have been mapped anew since, is not merged before the next one.
@@ -54,7 +62,7 @@ void Engine::AttributesUnread(Span span) {
 }
 
 bool Engine::AttributesKnown(Address a) {
-  if (system_.NowNanoseconds() >= attributes_until_) RefreshAttributes();
+  if (AttributesDue()) RefreshAttributes();
   if (!attributes_known_) return false;
   for (const Span& span : not_read_) {
     if (span.contains(a)) return false;
@@ -64,7 +72,7 @@ bool Engine::AttributesKnown(Address a) {
 
 // The attributes at an address, as they were when smaps was read last; *until: how far they reach.
 os::Attributes Engine::FindAttributes(Address a, Address* until) {
-  if (system_.NowNanoseconds() >= attributes_until_) RefreshAttributes();
+  if (AttributesDue()) RefreshAttributes();
   auto after = std::upper_bound(attributes_.begin(), attributes_.end(), a,
                                 [](Address at, const os::AttributedMapping& m) { return at < m.mapping.start; });
   *until = after == attributes_.end() ? PageTable::kLimit : after->mapping.start;

@@ -39,7 +39,7 @@ Engine::Engine(os::System& system, const Tunables& tunables, std::uint64_t seed)
 
 Engine::~Engine() {
   if (buffer_) base::UnmapOwnPages(buffer_, (kReadPages + 2) * page_);
-  if (huge_) base::UnmapOwnPages(huge_, (kReadPages * page_ + kHugeBytes - 1) & ~(kHugeBytes - 1));
+  if (huge_) base::UnmapOwnPages(huge_, ((kReadPages + kTwinPages) * page_ + kHugeBytes - 1) & ~(kHugeBytes - 1));
   if (runs_) base::UnmapOwnPages(runs_, kRuns * sizeof(os::PageRun));
   if (look_runs_) base::UnmapOwnPages(look_runs_, kLookRuns * sizeof(os::PageRun));
   if (plan_) base::UnmapOwnPages(plan_, 2 * kMaxSegmentPages * sizeof(Planned));
@@ -153,6 +153,7 @@ Address Engine::QuietUntil(const Region& region, Address from) {
   // Written alone is cheaper still, but holes count as written where memory is populated in parts.
   os::ScanRequest request;
   request.required = request.returned = os::kWritten;
+  request.max_pages = 1;  // the first is enough: fresh memory is one run from end to end
   os::PageRun written;
   os::ScanResult scan = system_.Scan({from, limit - from}, request, &written, 1);
   if (!scan.error && scan.runs) {

@@ -40,6 +40,10 @@ class Index {
       if (answer == Visit::kStop || answer == Visit::kEraseStop) return;
     }
   }
+  // A lookup of this hash is to come soon.
+  void Prefetch(std::uint32_t hash) const {
+    if (slots_) __builtin_prefetch(&slots_[Home(hash)]);
+  }
   // `hash_of(cookie, entry, &hash)`: the hash of an entry, false if it is stale; called while the table grows.
   using HashOf = bool (*)(void* cookie, const Entry&, std::uint32_t* hash);
   void SetHashOf(HashOf hash_of, void* cookie) { hash_of_ = hash_of, cookie_ = cookie; }

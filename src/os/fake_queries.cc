@@ -25,6 +25,7 @@ ScanResult FakeSystem::Scan(Span span, const ScanRequest& request, PageRun* runs
   if (scope.error != 0) return {scope.error, 0, span.start};
   auto& space = program().space;
   ScanResult result{0, 0, span.start};
+  std::size_t found = 0;
   // The kernel's fast path: asked for nothing but WRITTEN, an entry that is none counts as written.
   const bool written_only =
       request.required == kWritten && request.returned == kWritten && request.inverted == 0 && request.any_of == 0;
@@ -81,6 +82,10 @@ ScanResult FakeSystem::Scan(Span span, const ScanRequest& request, PageRun* runs
           if (pte.kind == Pte::kNone) pte.kind = Pte::kMarker;
           pte.uffd_wp = true;
           space.Set(a, pte);
+        }
+        if (++found == request.max_pages) {
+          result.walked_to = a + page_size_;
+          return result;
         }
       }
     }

@@ -237,7 +237,8 @@ int LinuxSystem::Register(Context context, Span span, std::uint32_t modes) {
 
 int LinuxSystem::Unregister(Context context, Span span) {
   Use use(this, context);
-  return use.gone() ? -ESRCH : refusals_.Note(Refusals::kUnregister, uffd::Unregister(use.fd(), span));
+  // Nobody ever waits at the tracker: the kernel answers its faults.
+  return use.gone() ? -ESRCH : refusals_.Note(Refusals::kUnregister, uffd::Unregister(use.fd(), span, context == kTracker));
 }
 
 int LinuxSystem::WriteProtect(Context context, Span span, bool protect) {

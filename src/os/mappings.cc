@@ -46,6 +46,16 @@ int OpenText(const char* path) {
   return raw::Repeat([&] { return open(path, O_RDONLY | O_CLOEXEC); });
 }
 
+// Asks for the mapping at the address, or the next one, and for its name where there is room for one.
+uapi::ProcmapQuery Covering(Address address, char* name, std::size_t room) {
+  uapi::ProcmapQuery query{};
+  query.size = sizeof query;
+  query.query_flags = uapi::kProcmapCoveringOrNext;
+  query.query_addr = address;
+  query.vma_name_addr = reinterpret_cast<std::uint64_t>(name);
+  query.vma_name_size = static_cast<decltype(query.vma_name_size)>(room);
+  return query;
+}
 }  // namespace
 
 bool ParseMapsLine(std::string_view line, Mapping* out, std::string_view* name) {
@@ -128,35 +138,29 @@ void Mappings::Close() {
 }
 
 int Mappings::QueryKernel(Address address, Mapping* out) const {
-  for (;;) {
-    uapi::ProcmapQuery query{};
-    query.size = sizeof query;
-    query.query_flags = uapi::kProcmapCoveringOrNext;
-    query.query_addr = address;
-    if (int error = raw::Repeat([&] { return ioctl(fd_, uapi::kIocProcmapQuery, &query); }); error < 0) return error;
-    *out = Mapping{};
-    out->start = query.vma_start;
-    out->end = query.vma_end;
-    out->readable = query.vma_flags & uapi::kProcmapReadable;
-    out->writable = query.vma_flags & uapi::kProcmapWritable;
-    out->executable = query.vma_flags & uapi::kProcmapExecutable;
-    out->shared = query.vma_flags & uapi::kProcmapShared;
-    out->offset = query.vma_offset;
-    out->device = makedev(query.dev_major, query.dev_minor);
-    out->inode = query.inode;
-    if (out->inode != 0 || out->device != 0) return 0;
-    // The name tells heap, stack and the kernel's own from plain memory. Asked for apart, because a name that does not
-    // fit is an error, and a file's path may be of any length; an anonymous mapping's name has at most 86 characters.
-    char name[128];
-    uapi::ProcmapQuery named = query;
-    named.vma_name_addr = reinterpret_cast<std::uint64_t>(name);
-    named.vma_name_size = sizeof name;
-    named.build_id_size = 0;
-    if (int error = raw::Repeat([&] { return ioctl(fd_, uapi::kIocProcmapQuery, &named); }); error < 0) return error;
-    if (named.vma_start != query.vma_start || named.vma_end != query.vma_end) continue;  // changed in between
-    ApplyName(named.vma_name_size > 1 ? std::string_view(name, named.vma_name_size - 1) : std::string_view(), out);
-    return 0;
+  // The name tells heap, stack and the kernel's own from plain memory. An anonymous mapping's has at most 86 characters; a
+  // file's path may be of any length, and one that does not fit is an error: nobody wants to know it.
+  char name[128];
+  uapi::ProcmapQuery query = Covering(address, name, sizeof name);
+  int error = raw::Repeat([&] { return ioctl(fd_, uapi::kIocProcmapQuery, &query); });
+  if (error == -ENAMETOOLONG || error == -E2BIG) {
+    query.vma_name_addr = query.vma_name_size = 0;
+    error = raw::Repeat([&] { return ioctl(fd_, uapi::kIocProcmapQuery, &query); });
   }
+  if (error < 0) return error;
+  *out = Mapping{};
+  out->start = query.vma_start;
+  out->end = query.vma_end;
+  out->readable = query.vma_flags & uapi::kProcmapReadable;
+  out->writable = query.vma_flags & uapi::kProcmapWritable;
+  out->executable = query.vma_flags & uapi::kProcmapExecutable;
+  out->shared = query.vma_flags & uapi::kProcmapShared;
+  out->offset = query.vma_offset;
+  out->device = makedev(query.dev_major, query.dev_minor);
+  out->inode = query.inode;
+  if (out->inode != 0 || out->device != 0) return 0;
+  ApplyName(query.vma_name_size > 1 ? std::string_view(name, query.vma_name_size - 1) : std::string_view(), out);
+  return 0;
 }
 
 int Mappings::QueryText(Address address, Mapping* out) const {
@@ -192,12 +196,7 @@ int Mappings::QueryFrames(Address address, Mapping* out, bool* frames) const {
     return lines.error() ? lines.error() : -ENOENT;
   }
   char name[64];
-  uapi::ProcmapQuery query{};
-  query.size = sizeof query;
-  query.query_flags = uapi::kProcmapCoveringOrNext;
-  query.query_addr = address;
-  query.vma_name_addr = reinterpret_cast<std::uint64_t>(name);
-  query.vma_name_size = sizeof name;
+  uapi::ProcmapQuery query = Covering(address, name, sizeof name);
   const int error = raw::Repeat([&] { return ioctl(fd_, uapi::kIocProcmapQuery, &query); });
   if (error == -ENAMETOOLONG || error == -E2BIG) return 0;  // ours is short
   if (error < 0) return error;
@@ -244,9 +243,7 @@ std::size_t Mappings::Count() const {
   // Both cost some 0.6 µs a mapping (measured at 60,000); the query holds the lock for one mapping at a time.
   std::size_t count = 0;
   if (has_query_) {
-    uapi::ProcmapQuery query{};
-    query.size = sizeof query;
-    query.query_flags = uapi::kProcmapCoveringOrNext;
+    uapi::ProcmapQuery query = Covering(0, nullptr, 0);
     while (raw::Repeat([&] { return ioctl(fd_, uapi::kIocProcmapQuery, &query); }) >= 0) {
       ++count;
       query.query_addr = query.vma_end;

@@ -67,6 +67,7 @@ struct ScanRequest {
   std::uint32_t any_of = 0;    // if not 0: at least one of these
   std::uint32_t returned = 0;  // reported in PageRun::categories
   bool write_protect = false;  // re-arm the pages found; mappings outside an asynchronous WP registration are passed over
+  std::size_t max_pages = 0;   // stop after as many; 0: no bound. One run can be as long as what is asked about
 };
 struct ScanResult {
   int error = 0;

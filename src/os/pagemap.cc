@@ -47,6 +47,7 @@ ScanResult Pagemap::Scan(Span span, const ScanRequest& request, PageRun* runs, s
   scan.category_mask = request.required;
   scan.category_anyof_mask = request.any_of;
   scan.return_mask = request.returned;
+  scan.max_pages = request.max_pages;
   if (request.write_protect) scan.flags = uapi::kScanWpMatching;
   int found = raw::Repeat([&] { return ioctl(fd_, uapi::kIocPagemapScan, &scan); });
   ScanResult result;

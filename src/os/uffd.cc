@@ -87,10 +87,10 @@ int Register(int fd, Span span, std::uint32_t modes) {
   return Ioctl(fd, UFFDIO_REGISTER, &request);
 }
 
-int Unregister(int fd, Span span) {
+int Unregister(int fd, Span span, bool nobody_waits) {
   uffdio_range range{span.start, span.bytes};
-  int error = Ioctl(fd, UFFDIO_UNREGISTER, &range);
-  Wake(fd, span);
+  const int error = Ioctl(fd, UFFDIO_UNREGISTER, &range);
+  if (!nobody_waits) Wake(fd, span);
   return error;
 }
 

@@ -22,8 +22,9 @@ int Enable(int fd, std::uint64_t features);
 int QueryFeatures(int fd, std::uint64_t* features);
 
 int Register(int fd, Span span, std::uint32_t modes);
-// Wakes the waiters itself: UFFDIO_UNREGISTER does not, where only write protection was registered.
-int Unregister(int fd, Span span);
+// Wakes the waiters itself, unless nobody can wait there: UFFDIO_UNREGISTER does not, where only write protection was
+// registered.
+int Unregister(int fd, Span span, bool nobody_waits = false);
 int WriteProtect(int fd, Span span, bool protect);
 Partial Continue(int fd, Span span, bool protect);
 Partial Move(int fd, Address to, Address from, std::size_t bytes);
