@@ -37,6 +37,7 @@ void* MapMisaligned(void*, std::size_t bytes, int protection, int flags, int fd,
 void* MapOwnPages(std::size_t bytes);
 void UnmapOwnPages(void* pages, std::size_t bytes);
 void* MapOwnHugePages(std::size_t bytes);
+void* MapInheritedPages(std::size_t bytes);
 void ForgetOwnPages(void* pages, std::size_t bytes);
 std::size_t OwnBytesMapped();
 }  // namespace ksmu::base::misaligned

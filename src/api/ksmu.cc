@@ -8,6 +8,7 @@
 
 #include "api/state.h"
 #include "os/thread.h"
+#include "os/without_engine.h"
 
 using namespace ksmu;
 using namespace ksmu::api;
@@ -219,6 +220,7 @@ int ksmu_advise(void* addr, size_t length, int advice) {
                                              : Command::kDiscard;
   command.promise = flags & KSMU_F_NO_RAW_DISCARDS;
   command.sync_break = flags & KSMU_F_SYNC_BREAK;
+  if (command.promise) NotePromise();
   use.runtime()->Execute(&command);
   if (command.result == -EAGAIN && command.kind == Command::kDiscard) return discard();
   return Finish(keep, command);
@@ -248,6 +250,7 @@ void* ksmu_map(size_t length, unsigned flags) {
   command.kind = Command::kAdvise;
   command.span = {at, span.bytes};
   command.promise = command.owned = true;
+  NotePromise();
   command.sync_break = flags & KSMU_F_SYNC_BREAK;
   use.runtime()->Execute(&command);
   if (command.result < 0) {

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #include "base/test_point.h"
 #include "os/thread.h"
@@ -31,6 +32,7 @@ struct State {
   std::int64_t starts = 0;        // starts not yet taken back
   std::int64_t starts_total = 0;
   std::atomic<bool> stopping{false};
+  std::atomic<bool> has_threads_in_hand{false};
   std::atomic<int> pid{0};        // of the process that the engine belongs to; 0: nobody has asked yet
   std::atomic<bool> inherited{false};  // libc's fork from a process with an engine: the first use wakes one here
   engine::RuntimeOptions options;
@@ -44,6 +46,11 @@ State& state() { return g_state; }
 
 // Where a forked child finds what it inherits: this memory is copied by fork, the engine's own is not.
 constinit engine::Inheritance g_inheritance;
+constinit std::atomic<bool> g_promise{false};
+using WhenLoaded = void (*)();
+constinit WhenLoaded g_when_loaded = nullptr;
+
+void Construct();
 
 constexpr std::int64_t kNoMaximum = std::int64_t{1} << 40;
 const Tunable kTunables[] = {
@@ -113,22 +120,34 @@ int ReadEnvironment(engine::RuntimeOptions* options) {
   return 0;
 }
 
+// What this thread's fork handler has done.
+thread_local bool t_fork_locked = false, t_fork_paused = false;
+
+// The mutex is waited for, but not while whoever holds it starts or joins threads: that allocates and frees, and an
+// allocator's own fork handler may have taken all its locks before this one. Nothing is merged at such a moment.
 void ForkPrepare() {
   State& s = state();
-  s.mutex.lock();
-  if (engine::Runtime* runtime = s.runtime.load(std::memory_order_acquire); runtime && s.pid == os::ProcessId()) {
-    runtime->Pause();
-    KSMU_TEST_POINT("fork.prepare", 0, 0);
-  }
+  while (!(t_fork_locked = s.mutex.try_lock()) && !s.has_threads_in_hand.load(std::memory_order_acquire)) os::YieldThread();
+  engine::Runtime* runtime = s.runtime.load(std::memory_order_acquire);
+  t_fork_paused = t_fork_locked && runtime && s.pid == os::ProcessId();
+  if (!t_fork_paused) return;
+  runtime->Pause();
+  KSMU_TEST_POINT("fork.prepare", 0, 0);
 }
 
 void ForkParent() {
   State& s = state();
-  if (engine::Runtime* runtime = s.runtime.load(std::memory_order_acquire); runtime && s.pid == os::ProcessId()) {
-    runtime->Resume();
-  }
-  s.mutex.unlock();
+  if (std::exchange(t_fork_paused, false)) s.runtime.load(std::memory_order_acquire)->Resume();
+  if (std::exchange(t_fork_locked, false)) s.mutex.unlock();
 }
+
+// Around what starts or joins threads, under the mutex.
+class ThreadsInHand {
+ public:
+  ThreadsInHand() { state().has_threads_in_hand.store(true, std::memory_order_release); }
+  ~ThreadsInHand() { state().has_threads_in_hand.store(false, std::memory_order_release); }
+  ThreadsInHand(const ThreadsInHand&) = delete;
+};
 
 void ForkChild() {
   State& s = state();
@@ -137,6 +156,10 @@ void ForkChild() {
   s.runtime.store(nullptr, std::memory_order_relaxed);
   s.users.store(0, std::memory_order_relaxed);
   s.stopping.store(false, std::memory_order_relaxed);
+  // Forked without a rest: just started, and with nothing to inherit yet.
+  if (!std::exchange(t_fork_paused, false)) g_inheritance.known().count = 0;
+  t_fork_locked = false;
+  s.has_threads_in_hand.store(false, std::memory_order_relaxed);
   if (had) {
     s.inherited.store(true, std::memory_order_relaxed);
     g_inheritance.file_count.store(g_inheritance.child_file_count, std::memory_order_relaxed);
@@ -147,12 +170,71 @@ void ForkChild() {
   new (&s.mutex) std::mutex;
 }
 
+}  // namespace
+
+// The thread may have been interrupted, by a signal whose handler forks, just where the mutex is held: not to be waited for.
+bool TryForkPrepare() {
+  State& s = state();
+  if (InRawChild()) return false;
+  for (int attempt = 0; !s.mutex.try_lock(); ++attempt) {
+    if (attempt == 1000) return false;
+    os::YieldThread();
+  }
+  s.mutex.unlock();
+  ForkPrepare();
+  return true;
+}
+void AfterForkInParent() { ForkParent(); }
+void AfterForkInChild() { ForkChild(); }
+
+EngineState CurrentState() {
+  State& s = state();
+  if (InRawChild()) return EngineState::kRawChild;
+  if (s.runtime.load(std::memory_order_acquire)) return EngineState::kRunning;
+  return s.inherited.load(std::memory_order_acquire) ? EngineState::kDormant : EngineState::kNone;
+}
+
+void ForgetInherited(os::Span span) {
+  State& s = state();
+  std::lock_guard lock(s.mutex);
+  if (!s.inherited.load(std::memory_order_relaxed)) return;
+  engine::Inheritance::Regions& inherited = g_inheritance.known();
+  for (std::size_t i = 0; i < inherited.count; ++i) {
+    engine::Inheritance::Entry& entry = inherited.entries[i];
+    if (entry.end <= span.start || entry.start >= span.end()) continue;
+    engine::Inheritance::Entry tail = entry;
+    tail.start = span.end();
+    entry.end = std::max(entry.start, span.start);  // may leave nothing
+    if (tail.start >= tail.end) continue;
+    if (entry.start >= entry.end) entry = tail;
+    // No room for both parts: one less is merged.
+    else if (inherited.count < engine::Inheritance::kMaxRegions) inherited.entries[inherited.count++] = tail;
+  }
+}
+
+void BeginEarly(void (*when_loaded)()) {
+  Construct();
+  g_when_loaded = when_loaded;
+}
+
+bool AnyPromise() { return g_promise.load(std::memory_order_relaxed) || HasLeftovers(); }
+void NotePromise() { g_promise.store(true, std::memory_order_relaxed); }
+
+engine::Presence& presence() { return g_inheritance.presence; }
+
+namespace {
 // When the library is loaded, or at the first use before that.
-__attribute__((constructor)) void Construct() {
+void Construct() {
   int none = 0;
   if (state().pid.compare_exchange_strong(none, os::ProcessId(), std::memory_order_relaxed)) {
     pthread_atfork(&ForkPrepare, &ForkParent, &ForkChild);
   }
+}
+
+// The normal order of initialisation has come to the library: libc is there, the environment too.
+__attribute__((constructor)) void Constructed() {
+  Construct();
+  if (g_when_loaded) g_when_loaded();
 }
 
 // Under the mutex.
@@ -162,6 +244,7 @@ int StartRuntime(const engine::RuntimeOptions& options) {
   os::ErrorText text;
   engine::RuntimeOptions with_inheritance = options;
   with_inheritance.inheritance = &g_inheritance;
+  const ThreadsInHand threads;
   if (int error = engine::Runtime::Start(g_settings, with_inheritance, &runtime, &text)) {
     Fail(-error, text.text);
     return -error;
@@ -360,6 +443,7 @@ int ksmu_stop(void) {
   }
   s.runtime.store(nullptr, std::memory_order_seq_cst);
   s.starts = 0;
+  const ThreadsInHand threads;
   // Whoever is still inside a function is being told that it ends.
   while (s.users.load(std::memory_order_seq_cst) != 0) os::YieldThread();
   engine::Runtime::Join(runtime);

@@ -35,6 +35,23 @@ class Use {
 
 // True in a child made by a raw clone, in which threads cannot be started safely and the tables are not there.
 bool InRawChild();
+enum class EngineState { kNone, kRunning, kDormant, kRawChild };
+EngineState CurrentState();
+
+// What libc's fork does by its handlers, for those that run none. False: nothing was done.
+bool TryForkPrepare();
+void AfterForkInParent();
+void AfterForkInChild();
+
+// In a forked child whose engine sleeps: the range is not what it was.
+void ForgetInherited(os::Span span);
+// A region has been advised with KSMU_F_NO_RAW_DISCARDS, ever; or an engine has left pages behind.
+bool AnyPromise();
+// Before anything else is initialised: fork handlers are registered first, and so run last. `when_loaded` is called in the
+// library's own turn.
+void BeginEarly(void (*when_loaded)());
+void NotePromise();
+engine::Presence& presence();
 std::int64_t Starts();
 // True if pages may lie in the pool mappings of an engine that has been stopped, or of a parent's.
 bool HasLeftovers();

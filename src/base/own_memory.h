@@ -23,6 +23,8 @@ void UnmapOwnPages(void* pages, std::size_t bytes);
 void* MapOwnHugePages(std::size_t bytes);
 // Gives the memory back; the pages stay mapped, zeroed.
 void ForgetOwnPages(void* pages, std::size_t bytes);
+// Zeroed pages that a forked child has too; for as long as the process lives. Untouched pages cost nothing.
+void* MapInheritedPages(std::size_t bytes);
 // Bytes now mapped by MapOwnPages, touched or not.
 std::size_t OwnBytesMapped();
 

@@ -12,6 +12,7 @@ namespace {
 constexpr std::uint64_t kMemoryReserve = std::uint64_t{64} << 20;  // left free while unmerging
 constexpr std::size_t kPopulatePages = 64;
 constexpr std::size_t kManyExcluded = 1024;
+constexpr std::uint64_t kForeignRetryNs = 1'000'000'000;
 
 // Calls f(part, mapping) for each mapped part of the span; returns true if there were holes.
 template <typename F>
@@ -37,6 +38,14 @@ bool Engine::NextIn(Span span, Address* at, Region* part) const {
   part->start = std::max(found->start, *at);
   *at = part->end = std::min(found->end, span.end());
   return true;
+}
+
+bool Engine::ChangesBreaker(Span span, bool sync_break) const {
+  Region part;
+  for (Address at = span.start; NextIn(span, &at, &part);) {
+    if (part.kind == Region::kMergeable && part.sync_break != sync_break) return true;
+  }
+  return false;
 }
 
 int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
@@ -98,6 +107,7 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
     region.sync_break = sync_break;
     const Region* before = regions_.Find(part.start);
     region.owned = owned || (before && before->owned && before->end >= part.end());
+    if (presence_) presence_->Note(part);
     if (!regions_.Set(region)) {
       failure = -ENOMEM;
       return;
@@ -133,11 +143,30 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
   });
   leave_out(looked_at, span.end(), ENOMEM);
   if (failure) return failure == -ENOMEM || failure == -EAGAIN ? -ENOMEM : failure;
-  if (any && !Exclude(span, left_out)) return -ENOMEM;
+  // What somebody else's userfaultfd holds is asked about again: see RetryForeign.
+  if ((any || foreign) && !Exclude(span, left_out)) return -ENOMEM;
+  if (foreign) foreign_at_ = system_.NowNanoseconds() + kForeignRetryNs;
   if (any) return holes ? -ENOMEM : 0;
   if (foreign) return -EBUSY;
   if (ineligible) return -EOPNOTSUPP;
   return -ENOMEM;
+}
+
+// Memory that another userfaultfd held when it was advised: a postcopy migration, a snapshot, a collector. It becomes a
+// region when its owner has let go.
+void Engine::RetryForeign() {
+  const std::uint64_t now = system_.NowNanoseconds();
+  if (foreign_at_ == 0 || now < foreign_at_) return;
+  foreign_at_ = 0;
+  for (std::size_t i = 0; i < excluded_.size(); ++i) {
+    const Region part = excluded_[i];
+    if (part.cause != EBUSY) continue;
+    const std::size_t before = excluded_.size();
+    const int error = Advise(part.span(), part.promise, part.sync_break, part.owned);
+    // Gone altogether: nothing will come of it.
+    if (error == -ENOMEM && HasHoles(part.span())) excluded_.Erase(part.span());
+    if (excluded_.size() < before) i -= std::min(i + 1, before - excluded_.size());
+  }
 }
 
 // What of the span was advised in vain, in place of what was known of it: shown by ksmu_read_region. False: no memory.
@@ -304,6 +333,13 @@ void Engine::FillMarked(Span span) {
     }
     a = end;
   }
+}
+
+long Engine::CallForProgram(Span span, long number, const long* arguments) {
+  for (int attempt = 0; attempt < 100 && !gate_.Repair(); ++attempt) system_.Yield();
+  const long result = system_.CallForProgram(number, arguments);
+  AttributesUnread(span);
+  return result;
 }
 
 bool Engine::HasHoles(Span span) {
@@ -486,7 +522,7 @@ bool Engine::IsInherited(const os::Mapping& mapping) const {
   return false;
 }
 
-int Engine::Discard(Span span) {
+int Engine::Discard(Span span, bool tend) {
   ApplyMoves();
   // Under a gate that could not be taken back, the discard would wait for this very thread.
   for (int attempt = 0; attempt < 100 && !gate_.Repair(); ++attempt) system_.Yield();
@@ -527,7 +563,7 @@ int Engine::Discard(Span span) {
   }
   CountMappings(true);
   Region part;
-  for (Address at = span.start; !error && NextIn(span, &at, &part);) {
+  for (Address at = span.start; !error && tend && NextIn(span, &at, &part);) {
     if (part.kind == Region::kMergeable) TendDropped(part, part.span());
   }
   return error;

@@ -25,6 +25,7 @@
 #include "engine/counters.h"
 #include "engine/gate.h"
 #include "engine/page_table.h"
+#include "engine/presence.h"
 #include "engine/regions.h"
 #include "frames/fork_watch.h"
 #include "frames/index.h"
@@ -63,13 +64,21 @@ class Engine {
   int Advise(Span span, bool promise, bool sync_break, bool owned);
   int Unmerge(Span span);
   bool HasHoles(Span span);
+  bool HasForeign() const { return foreign_at_ != 0; }
   int Release(Span span);
-  int Discard(Span span);
+  // With `tend`, what has been discarded is taken back to anonymous memory where it can be at once.
+  int Discard(Span span, bool tend = true);
+  // Whether advising it means unmerging it first.
+  bool ChangesBreaker(Span span, bool sync_break) const;
   int Unmap(Span span);
   // `cancelled` is polled between segments.
   std::int64_t Merge(Span span, bool (*cancelled)(void*), void* cookie);
   // In a forked child: what could not be merged when the parent was advised of it.
   void InheritExcluded(const Region& part) { excluded_.Set(part); }
+  // A call of the program's that changes mappings or their attributes, to be made with no merge in hand: `number` and
+  // arguments of a system call that neither blocks nor touches the range's pages. Its result, -errno.
+  long CallForProgram(Span span, long number, const long* arguments);
+  void SetPresence(Presence* presence) { presence_ = presence; }
   // Every region; with `forget` the regions end as well (ksmu_stop).
   int UnmergeAll(bool forget);
 
@@ -289,6 +298,7 @@ class Engine {
   void Untrack(Span span);
   bool IsInherited(const os::Mapping& mapping) const;
   bool Exclude(Span span, const base::OwnVector<Region>& parts);
+  void RetryForeign();
 
   // events.cc
   void HandleContext(os::Context context, Child* child);
@@ -321,6 +331,8 @@ class Engine {
   Counters counters_;
   PageTable table_;
   RegionList regions_;
+  std::uint64_t foreign_at_ = 0;  // when to ask again about what another userfaultfd held; 0: nothing
+  Presence* presence_ = nullptr;  // told of every region; never nullptr in a runtime
   RegionList excluded_;  // what was advised with them and cannot be merged, where no region is; scanner only
   frames::ForkWatch forks_;
   frames::Pool pool_;

@@ -34,7 +34,9 @@ void Engine::RefreshAttributes() {
         if (a.dont_fork || a.dont_dump || a.huge_page || a.no_huge_page || a.wipe_on_fork || a.locked || a.mergeable ||
             a.sealed || a.hugetlb || a.pfn_map || a.grows_down || a.protection_key || (a.no_reserve && m.mapping.anonymous)) {
           auto& engine = *static_cast<Engine*>(cookie);
-          engine.attributes_lost_ |= !engine.attributes_.push_back(m);
+          os::AttributedMapping kept = m;
+          kept.attributes.no_reserve &= m.mapping.anonymous;  // mappings of frames always have it
+          engine.attributes_lost_ |= !engine.attributes_.push_back(kept);
         }
       },
       this);

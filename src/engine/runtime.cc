@@ -44,6 +44,19 @@ void Inheritance::ForgetUnmapped() {
   file_count.store(kept, std::memory_order_release);
 }
 
+void Inheritance::KeepRegions(const Engine& engine) {
+  const std::uint32_t next = 1 - current.load(std::memory_order_relaxed);
+  Regions& kept = regions[next];
+  kept.count = 0;
+  for (const RegionList* list : {&engine.regions(), &engine.excluded()}) {
+    for (std::size_t i = 0; i < list->size() && kept.count < kMaxRegions; ++i) {
+      const Region& r = (*list)[i];
+      if (r.kind == Region::kMergeable) kept.entries[kept.count++] = {r.start, r.end, r.promise, r.sync_break, r.owned, r.cause};
+    }
+  }
+  current.store(next, std::memory_order_release);
+}
+
 int Runtime::Start(const Settings& settings, const RuntimeOptions& options, Runtime** out, os::ErrorText* error) {
   void* memory = base::MapOwnPages(sizeof(Runtime));
   if (!memory) {
@@ -107,6 +120,7 @@ int Runtime::OpenEngine(os::ErrorText* error) {
   engine_ = new (memory) Engine(*system_, settings_, os::Entropy());
   options_.inheritance->ForgetUnmapped();
   engine_->SetInherited(options_.inheritance->files.data(), options_.inheritance->file_count);
+  engine_->SetPresence(&options_.inheritance->presence);
   engine_->SetPoll([](void* self) { static_cast<Runtime*>(self)->RunReadings(); }, this);
   int result = engine_->Start();
   if (result) error->Set("no memory for the library's own data");
@@ -161,6 +175,9 @@ void Runtime::TunableChanged() {
 void Runtime::Nudge() {
   bell_.fetch_add(1, std::memory_order_release);
   os::FutexWake(&bell_, 1);
+  if (pause_.load(std::memory_order_seq_cst) == 0) return;
+  pause_bell_.fetch_add(1, std::memory_order_seq_cst);
+  os::FutexWake(&pause_bell_, INT_MAX);
 }
 
 void Runtime::Sleep(std::int64_t ns) {
@@ -199,7 +216,7 @@ void Runtime::Execute(Command* command) {
   slot->command = *command;
   slot->cancelled.store(false, std::memory_order_relaxed);
   slot->ticket = next_ticket_.fetch_add(1, std::memory_order_relaxed);
-  slot->state.store(kPosted, std::memory_order_release);
+  slot->state.store(kPosted, std::memory_order_seq_cst);
   Nudge();
   for (;;) {
     const std::uint32_t state = slot->state.load(std::memory_order_acquire);
@@ -237,6 +254,7 @@ bool Runtime::RunCommands() {
       os::JoinThread(event_);
       options_.inheritance->KeepFiles(*engine_);
       options_.inheritance->file_count.store(options_.inheritance->child_file_count, std::memory_order_release);
+      options_.inheritance->known().count = 0;
       Report();
       const std::uint64_t now = system_->NowNanoseconds();
       const std::size_t kept = engine_->frames_live();
@@ -292,7 +310,7 @@ void Runtime::RunReadings() {
   }
 }
 
-void Runtime::Run(Command* command, Slot* slot) {
+void Runtime::Run(Command* command, Slot* slot, bool parked) {
   Engine& engine = *engine_;
   const std::size_t page = engine.page_size();
   switch (command->kind) {
@@ -318,15 +336,23 @@ void Runtime::Run(Command* command, Slot* slot) {
         command->result = -ENOMEM;
         command->holes = true;
       }
+      if (command->result == 0 || command->holes) options_.inheritance->presence.Forget(command->span);
       break;
     case Command::kRelease:
       command->result = engine.Release(command->span);
+      if (command->result == 0) options_.inheritance->presence.Forget(command->span);
       break;
     case Command::kDiscard:
-      command->result = engine.Discard(command->span);
+      command->result = engine.Discard(command->span, !parked);
       break;
     case Command::kUnmap:
+      // Before: the address can be somebody else's right after.
+      options_.inheritance->presence.Forget(command->span);
       command->result = engine.Unmap(command->span);
+      if (command->result) options_.inheritance->presence.Note(command->span);
+      break;
+    case Command::kCall:
+      command->result = engine.CallForProgram(command->span, command->number, command->arguments);
       break;
     case Command::kMerge: {
       struct Cookie {
@@ -409,15 +435,52 @@ void Runtime::Park() {
     if (parked_.load(std::memory_order_relaxed) != request) {
       // A child inherits what the page tables say, and may outlive those who answer its faults.
       engine_->FillAllMarked();
+      options_.inheritance->KeepRegions(*engine_);
+      options_.inheritance->KeepFiles(*engine_);
       parked_.store(request, std::memory_order_seq_cst);
       os::FutexWake(&parked_, INT_MAX);
     }
+    if (RunWhileParked()) continue;
     if (pause_.load(std::memory_order_seq_cst) != 0) os::FutexWait(&pause_bell_, changed, -1);
   }
 }
 
+bool Runtime::MayRunWhileParked(const Command& command) const {
+  switch (command.kind) {
+    case Command::kUnmap:
+    case Command::kRelease:
+    case Command::kDiscard:
+    case Command::kCall:
+    case Command::kExclude:
+    case Command::kStats:
+    case Command::kRegion:
+    case Command::kExplain: return true;
+    case Command::kAdvise: return !engine_->ChangesBreaker(command.span, command.sync_break);
+    case Command::kUnmerge:
+    case Command::kMerge:
+    case Command::kUnmergeAll:
+    case Command::kStop: return false;
+  }
+  return false;
+}
+
+// One command, if there is one that may run now. What it has changed is what a child inherits from then on.
+bool Runtime::RunWhileParked() {
+  Slot* oldest = nullptr;
+  for (Slot& slot : slots_) {
+    if (slot.state.load(std::memory_order_seq_cst) != kPosted || !MayRunWhileParked(slot.command)) continue;
+    if (!oldest || slot.ticket < oldest->ticket) oldest = &slot;
+  }
+  if (!oldest) return false;
+  oldest->state.store(kRunning, std::memory_order_relaxed);
+  Run(&oldest->command, oldest, true);
+  engine_->FillAllMarked();
+  options_.inheritance->KeepRegions(*engine_);
+  Answer(oldest);
+  return true;
+}
+
 void Runtime::Pause() {
-  Inheritance* inheritance = options_.inheritance;
   const std::uint32_t request = pause_requests_.fetch_add(1, std::memory_order_seq_cst) + 1;
   pause_.fetch_add(1, std::memory_order_seq_cst);
   pause_bell_.fetch_add(1, std::memory_order_seq_cst);
@@ -428,16 +491,6 @@ void Runtime::Pause() {
     if (static_cast<std::int32_t>(parked - request) >= 0) break;
     os::FutexWait(&parked_, parked, 100 * kMillisecond);
   }
-  inheritance->region_count = 0;
-  if (!engine_) return;  // it has just ended
-  for (const RegionList* list : {&engine_->regions(), &engine_->excluded()}) {
-    for (std::size_t i = 0; i < list->size() && inheritance->region_count < Inheritance::kMaxRegions; ++i) {
-      const Region& r = (*list)[i];
-      if (r.kind != Region::kMergeable) continue;
-      inheritance->regions[inheritance->region_count++] = {r.start, r.end, r.promise, r.sync_break, r.owned, r.cause};
-    }
-  }
-  inheritance->KeepFiles(*engine_);
 }
 
 void Runtime::Resume() {
@@ -447,11 +500,13 @@ void Runtime::Resume() {
 }
 
 void Runtime::InheritRegions() {
-  const Inheritance& inheritance = *options_.inheritance;
-  for (std::size_t i = 0; i < inheritance.region_count; ++i) {
-    const Inheritance::Entry& entry = inheritance.regions[i];
+  const Inheritance::Regions& inherited = options_.inheritance->known();
+  for (std::size_t i = 0; i < inherited.count; ++i) {
+    const Inheritance::Entry& entry = inherited.entries[i];
     Command command;
-    command.kind = entry.cause ? Command::kExclude : Command::kAdvise;
+    if (entry.start >= entry.end) continue;  // unmapped since
+    // Another userfaultfd's hold ends with the fork.
+    command.kind = entry.cause && entry.cause != EBUSY ? Command::kExclude : Command::kAdvise;
     command.cause = entry.cause;
     command.span = {entry.start, entry.end - entry.start};
     command.promise = entry.promise;
@@ -480,7 +535,7 @@ void Runtime::ScannerLoop() {
       continue;
     }
     const bool again = engine_->Housekeeping();
-    Sleep(again ? kMillisecond : engine_->HasRegions() || engine_->ReclaimDue() ? kLongestPassSleep : -1);
+    Sleep(again ? kMillisecond : engine_->HasRegions() || engine_->HasForeign() || engine_->ReclaimDue() ? kLongestPassSleep : -1);
   }
 }
 

@@ -36,14 +36,22 @@ struct Settings : Tunables {
 
 // What an engine leaves behind for those after it, in this process or in a forked child; kept where a child finds it.
 struct Inheritance {
+  Presence presence;
   static constexpr std::size_t kMaxRegions = 4096, kMaxFiles = 1024;
   struct Entry {
     Address start, end;
     bool promise, sync_break, owned;
     std::uint8_t cause;  // not 0: excluded
   };
-  std::size_t region_count = 0;
-  std::array<Entry, kMaxRegions> regions{};
+  // Written by the scanner into the one that is not current: a fork may come at any moment once it rests.
+  struct Regions {
+    std::size_t count = 0;
+    std::array<Entry, kMaxRegions> entries{};
+  };
+  std::array<Regions, 2> regions{};
+  std::atomic<std::uint32_t> current{0};
+  Regions& known() { return regions[current.load(std::memory_order_acquire)]; }
+  void KeepRegions(const Engine& engine);
   // Pool files of engines that are no more, or not here: the parent's, and those of this process that were stopped. Pages
   // may lie in their mappings still. The first `file_count` are known; a forked child knows `child_file_count`.
   std::atomic<std::size_t> file_count{0};
@@ -66,11 +74,13 @@ struct RuntimeOptions {
 };
 
 struct Command {
-  enum Kind : std::uint8_t { kAdvise, kExclude, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kStats, kRegion, kExplain, kStop };
+  enum Kind : std::uint8_t { kAdvise, kExclude, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kCall, kStats, kRegion, kExplain, kStop };
   Kind kind = kStats;
   Span span;
   bool promise = false, sync_break = false, owned = false;
   std::uint8_t cause = 0;  // kExclude
+  long number = 0;         // kCall: a system call that changes the mappings of the span, to be made for the program
+  long arguments[6] = {};
   std::int64_t result = 0;  // 0 or a count, or -errno
   // Results of the reading commands.
   AdvisedRegion region;
@@ -97,7 +107,9 @@ class Runtime {
   // An interrupted kMerge answers -EINTR; other commands go on whatever signals come.
   void Execute(Command* command);
 
-  // fork: the scanner comes to rest between two steps, with no merge in hand, until Resume. The event thread goes on.
+  // fork: the scanner comes to rest between two steps, with no merge in hand, until Resume. The event thread goes on, and so
+  // do commands that take no page out of its place: whoever waits for one may hold an allocator's lock, for which the thread
+  // that forks waits in another fork handler.
   void Pause();
   void Resume();
   void TunableChanged();
@@ -124,8 +136,10 @@ class Runtime {
   std::int64_t AdvisePages() const;
   void RunReadings();
   void RunOthers();
-  void Run(Command* command, Slot* slot);
+  void Run(Command* command, Slot* slot, bool parked = false);
   void Park();
+  bool RunWhileParked();
+  bool MayRunWhileParked(const Command& command) const;
   void Sleep(std::int64_t ns);
   void Scan();
   void Answer(Slot* slot);

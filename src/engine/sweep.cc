@@ -118,6 +118,7 @@ bool Engine::Housekeeping() {
   const bool moved = ApplyMoves();
   const bool repaired = gate_.Repair();
   ReclaimFrames(false);
+  RetryForeign();
   // Whose memory was released and unmapped is seen also when nothing is scanned.
   if (const std::uint64_t now = system_.NowNanoseconds(); now >= audit_at_) {
     audit_at_ = now + kAuditReleasedNs;

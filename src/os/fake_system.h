@@ -191,6 +191,7 @@ class FakeSystem : public System {
   int MoveMapping(Address from, std::size_t bytes, Address to) override;
   int TakePages(Span, Address* out) override;
   int Unmap(Span) override;
+  long CallForProgram(long, const long*) override { return -ENOSYS; }
   int Protect(Span, Protection) override;
   int CreateFile(std::size_t bytes, File* out) override;
   void CloseFile(const File&) override;

@@ -15,6 +15,7 @@
 
 #include "base/own_memory.h"
 #include "os/pool_file.h"
+#include "os/own_place.h"
 #include "os/raw.h"
 #include "os/uapi.h"
 #include "os/uffd.h"
@@ -198,7 +199,7 @@ void LinuxSystem::CloseAll() {
   batch_.Close();
   if (bell_fd_ >= 0) close(bell_fd_);
   bell_fd_ = -1;
-  if (idle_page_) syscall(SYS_munmap, idle_page_, page_bytes_);
+  if (idle_page_) raw::Munmap(idle_page_, page_bytes_);
   idle_page_ = 0;
 }
 
@@ -428,13 +429,13 @@ int LinuxSystem::MapFrames(Address at, std::size_t bytes, const File& file, std:
                            Address* out) {
   // No reservation: what counts against the commit limit is what the program's own mapping stood for already.
   int flags = MAP_PRIVATE | MAP_NORESERVE | (at ? MAP_FIXED : 0);
-  return refusals_.Note(Refusals::kMmap, raw::Mmap(at, bytes, ProtectionBits(protection), flags, file.fd, offset, out));
+  return refusals_.Note(Refusals::kMmap, raw::Mmap(at ? at : PassingPlace(), bytes, ProtectionBits(protection), flags, file.fd, offset, out));
 }
 
 int LinuxSystem::MapAnonymous(Address at, std::size_t bytes, Protection protection, Address* out) {
   // Accounted, as the program's own memory is: mappings that differ in this never become one again.
   int flags = MAP_PRIVATE | MAP_ANONYMOUS | (at ? MAP_FIXED : 0);
-  return refusals_.Note(Refusals::kMmap, raw::Mmap(at, bytes, ProtectionBits(protection), flags, -1, 0, out));
+  return refusals_.Note(Refusals::kMmap, raw::Mmap(at ? at : LastingPlace(bytes), bytes, ProtectionBits(protection), flags, -1, 0, out));
 }
 
 int LinuxSystem::MapApart(std::size_t bytes, bool no_reserve, Address* out) {
@@ -443,7 +444,7 @@ int LinuxSystem::MapApart(std::size_t bytes, bool no_reserve, Address* out) {
   const std::size_t page = PageSize();
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | (no_reserve ? MAP_NORESERVE : 0);
   Address around = 0;
-  if (int error = raw::Mmap(0, bytes + 2 * page, PROT_NONE, flags, -1, 0, &around)) {
+  if (int error = raw::Mmap(PassingPlace(), bytes + 2 * page, PROT_NONE, flags, -1, 0, &around)) {
     return refusals_.Note(Refusals::kMmap, error);
   }
   if (int error = Protect({around + page, bytes}, Protection::kReadWrite)) {
@@ -463,22 +464,21 @@ int LinuxSystem::MoveMapping(Address from, std::size_t bytes, Address to) {
 
 int LinuxSystem::TakePages(Span span, Address* out) {
   constexpr int kFlags = MREMAP_MAYMOVE | uapi::kMremapDontUnmap;
-  return refusals_.Note(Refusals::kMremap, raw::Mremap(span.start, span.bytes, kFlags, 0, out));
+  return refusals_.Note(Refusals::kMremap, raw::Mremap(span.start, span.bytes, kFlags, PassingPlace(), out));
 }
 
 int LinuxSystem::Unmap(Span span) {
-  const auto error = raw::Repeat([&] { return syscall(SYS_munmap, span.start, span.bytes); });
-  return refusals_.Note(Refusals::kMunmap, static_cast<int>(error));
+  return refusals_.Note(Refusals::kMunmap, raw::Munmap(span.start, span.bytes));
 }
 
-int LinuxSystem::Lock(Span span) {
-  return static_cast<int>(raw::Repeat([&] { return syscall(SYS_mlock, span.start, span.bytes); }));
+long LinuxSystem::CallForProgram(long number, const long* arguments) {
+  return raw::Direct(number, arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]);
 }
+
+int LinuxSystem::Lock(Span span) { return raw::OnRange(SYS_mlock, span.start, span.bytes); }
 
 int LinuxSystem::Protect(Span span, Protection protection) {
-  const auto error =
-      raw::Repeat([&] { return syscall(SYS_mprotect, span.start, span.bytes, ProtectionBits(protection)); });
-  return refusals_.Note(Refusals::kMprotect, static_cast<int>(error));
+  return refusals_.Note(Refusals::kMprotect, raw::OnRange(SYS_mprotect, span.start, span.bytes, ProtectionBits(protection)));
 }
 
 // --- pool files ----------------------------------------------------------------------------------------------------
@@ -506,7 +506,7 @@ int LinuxSystem::MapFile(const File& file, std::size_t bytes, const std::byte** 
 }
 
 void LinuxSystem::UnmapFile(const std::byte* view, std::size_t bytes) {
-  syscall(SYS_munmap, reinterpret_cast<Address>(view), bytes);
+  raw::Munmap(reinterpret_cast<Address>(view), bytes);
 }
 
 // --- the process ---------------------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ class LinuxSystem final : public System {
   int MoveMapping(Address from, std::size_t bytes, Address to) override;
   int TakePages(Span, Address* out) override;
   int Unmap(Span) override;
+  long CallForProgram(long number, const long* arguments) override;
   int Protect(Span, Protection) override;
   int Lock(Span) override;
 

@@ -211,6 +211,8 @@ class System {
   virtual int TakePages(Span, Address* out) = 0;
   virtual int Unmap(Span) = 0;
   virtual int Protect(Span, Protection) = 0;
+  // A system call of the program's, made by this thread for it; -errno.
+  virtual long CallForProgram(long number, const long* arguments) = 0;
   virtual int Lock(Span) { return 0; }       // mlock, for pages of the library's own; may be refused
 
   // --- pool files --------------------------------------------------------------------------------------------------

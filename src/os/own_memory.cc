@@ -4,8 +4,30 @@
 
 #include <atomic>
 
+#include "os/own_place.h"
+#include "os/raw.h"
+
 namespace ksmu::base {
 namespace {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || defined(mmap)
+// Sanitizers have to see what is mapped and unmapped; and a test has an mmap of its own.
+void* Map(std::size_t bytes) {
+  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return pages == MAP_FAILED ? nullptr : pages;
+}
+void Unmap(void* pages, std::size_t bytes) { munmap(pages, bytes); }
+void Advise(void* pages, std::size_t bytes, int advice) { madvise(pages, bytes, advice); }
+#else
+void* Map(std::size_t bytes) {
+  std::uintptr_t pages;
+  const int error = os::raw::Mmap(os::LastingPlace(bytes), bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &pages);
+  return error ? nullptr : reinterpret_cast<void*>(pages);
+}
+void Unmap(void* pages, std::size_t bytes) { os::raw::Munmap(reinterpret_cast<std::uintptr_t>(pages), bytes); }
+void Advise(void* pages, std::size_t bytes, int advice) {
+  os::raw::Madvise(reinterpret_cast<std::uintptr_t>(pages), bytes, advice);
+}
+#endif
 std::atomic<std::size_t> g_mapped{0};
 constexpr std::size_t kUnit = 64 * 1024;  // the largest page size that Linux runs user space with
 constexpr std::size_t RoundUp(std::size_t n) { return (n + kUnit - 1) / kUnit * kUnit; }
@@ -13,11 +35,11 @@ constexpr std::size_t RoundUp(std::size_t n) { return (n + kUnit - 1) / kUnit * 
 
 void* MapOwnPages(std::size_t bytes) {
   bytes = RoundUp(bytes);
-  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (pages == MAP_FAILED) return nullptr;
-  madvise(pages, bytes, MADV_DONTFORK);
-  madvise(pages, bytes, MADV_DONTDUMP);
-  madvise(pages, bytes, MADV_NOHUGEPAGE);
+  void* pages = Map(bytes);
+  if (!pages) return nullptr;
+  Advise(pages, bytes, MADV_DONTFORK);
+  Advise(pages, bytes, MADV_DONTDUMP);
+  Advise(pages, bytes, MADV_NOHUGEPAGE);
   g_mapped.fetch_add(bytes, std::memory_order_relaxed);
   return pages;
 }
@@ -30,19 +52,25 @@ void* MapOwnHugePages(std::size_t bytes) {
   const std::size_t before = (kHuge - reinterpret_cast<std::uintptr_t>(whole)) & (kHuge - 1);
   // To the byte, not rounded as UnmapOwnPages does: mmap's result is aligned to pages and no further, and what follows it
   // is somebody else's.
-  if (before) munmap(whole, before);
-  if (before < kHuge) munmap(whole + before + bytes, kHuge - before);
+  if (before) Unmap(whole, before);
+  if (before < kHuge) Unmap(whole + before + bytes, kHuge - before);
   g_mapped.fetch_sub(kHuge, std::memory_order_relaxed);
-  madvise(whole + before, bytes, MADV_HUGEPAGE);
+  Advise(whole + before, bytes, MADV_HUGEPAGE);
   return whole + before;
 }
 
-void ForgetOwnPages(void* pages, std::size_t bytes) { madvise(pages, RoundUp(bytes), MADV_DONTNEED); }
+void ForgetOwnPages(void* pages, std::size_t bytes) { Advise(pages, RoundUp(bytes), MADV_DONTNEED); }
 
 void UnmapOwnPages(void* pages, std::size_t bytes) {
   bytes = RoundUp(bytes);
-  munmap(pages, bytes);
+  Unmap(pages, bytes);
   g_mapped.fetch_sub(bytes, std::memory_order_relaxed);
+}
+
+void* MapInheritedPages(std::size_t bytes) {
+  void* pages = Map(RoundUp(bytes));
+  if (pages) Advise(pages, RoundUp(bytes), MADV_DONTDUMP);
+  return pages;
 }
 
 std::size_t OwnBytesMapped() { return g_mapped.load(std::memory_order_relaxed); }

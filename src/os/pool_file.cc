@@ -5,6 +5,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 
+#include "os/own_place.h"
 #include "os/raw.h"
 #include "os/uapi.h"
 
@@ -70,18 +71,18 @@ int PunchPoolFile(const File& file, std::uint64_t offset, std::size_t bytes) {
   // Refused by a filter: the same through a mapping. A frame that stays would show again at a discard after the library
   // has been stopped.
   std::uintptr_t address = 0;
-  if (raw::Mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.fd, offset, &address)) return error;
+  if (raw::Mmap(PassingPlace(), bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.fd, offset, &address)) return error;
   const int removed = raw::Madvise(address, bytes, MADV_REMOVE);
-  syscall(SYS_munmap, address, bytes);
+  raw::Munmap(address, bytes);
   return removed == 0 ? 0 : error;
 }
 
 int MapPoolFile(const File& file, std::size_t bytes, const std::byte** out) {
   std::uintptr_t address = 0;
-  if (int error = raw::Mmap(0, bytes, PROT_READ, MAP_SHARED, file.fd, 0, &address)) return error;
+  if (int error = raw::Mmap(LastingPlace(bytes), bytes, PROT_READ, MAP_SHARED, file.fd, 0, &address)) return error;
   // A child has no use for it, and would hold the frames; a core file has the bytes already, where they are merged.
   if (int error = raw::Madvise(address, bytes, MADV_DONTFORK)) {
-    syscall(SYS_munmap, address, bytes);
+    raw::Munmap(address, bytes);
     return error;
   }
   raw::Madvise(address, bytes, MADV_DONTDUMP);

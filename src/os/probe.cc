@@ -51,7 +51,7 @@ class Probe {
       : contexts_(contexts), pagemap_(pagemap), page_(page_bytes), error_(error) {}
   ~Probe() {
     for (const Span& span : mapped_) {
-      if (span.bytes) syscall(SYS_munmap, span.start, span.bytes);
+      if (span.bytes) raw::Munmap(span.start, span.bytes);
     }
     if (file_.fd >= 0) close(file_.fd);
     if (plain_ >= 0) close(plain_);

@@ -12,7 +12,8 @@ namespace {
 
 template <typename Argument>
 int Ioctl(int fd, unsigned long request, Argument* argument) {
-  return raw::Repeat([&] { return ioctl(fd, request, argument); });
+  // A shim that watches for the program's registrations has nothing to do with ours.
+  return static_cast<int>(raw::RepeatDirect([&] { return raw::Direct(SYS_ioctl, fd, static_cast<long>(request), reinterpret_cast<long>(argument)); }));
 }
 
 // UFFDIO_CONTINUE, MOVE, COPY and ZEROPAGE report how far they came in a field of their argument. Part of the work done

@@ -1,0 +1,83 @@
+#include "api/shim.h"
+
+#include <cerrno>
+
+#include "api/state.h"
+#include "os/thread.h"
+#include "os/without_engine.h"
+
+using namespace ksmu;
+using namespace ksmu::api;
+
+namespace {
+
+// Whole pages, as the kernel rounds.
+os::Span SpanOf(void* start, std::size_t length) {
+  static const std::size_t page = os::SystemPageSize();
+  return {reinterpret_cast<os::Address>(start), (length + page - 1) & ~(page - 1)};
+}
+
+}  // namespace
+
+extern "C" {
+
+int ksmushim_state(void) { return static_cast<int>(CurrentState()); }
+
+int ksmushim_may_hold(const void* start, size_t length) {
+  return presence().MayHold({reinterpret_cast<os::Address>(start), length});
+}
+
+int ksmushim_call(void* start, size_t length, long number, const long* arguments, long* result) {
+  Use use(Use::kNever);
+  if (!use.runtime()) return 0;
+  engine::Command command;
+  command.kind = engine::Command::kCall;
+  command.span = SpanOf(start, length);
+  command.number = number;
+  for (int i = 0; i < 6; ++i) command.arguments[i] = arguments[i];
+  use.runtime()->Execute(&command);
+  if (!use.runtime() || command.result == -EAGAIN) return 0;
+  *result = static_cast<long>(command.result);
+  return 1;
+}
+
+int ksmushim_advise(void* start, size_t length, int advice) {
+  Use use(Use::kNever);
+  if (!use.runtime()) return -EAGAIN;
+  engine::Command command;
+  command.kind = engine::Command::kAdvise;
+  command.span = SpanOf(start, length);
+  command.promise = advice & KSMU_F_NO_RAW_DISCARDS;
+  command.sync_break = advice & KSMU_F_SYNC_BREAK;
+  if (command.promise) NotePromise();
+  use.runtime()->Execute(&command);
+  return static_cast<int>(command.result);
+}
+
+int ksmushim_discard(void* start, size_t length) {
+  const os::Span span = SpanOf(start, length);
+  {
+    Use use(Use::kNever);
+    if (use.runtime()) {
+      engine::Command command;
+      command.kind = engine::Command::kDiscard;
+      command.span = span;
+      use.runtime()->Execute(&command);
+      if (command.result != -EAGAIN) return static_cast<int>(command.result);
+    }
+  }
+  if (InRawChild() || HasLeftovers()) return os::DiscardWithoutEngine(span);
+  return os::DiscardPlainly(span);
+}
+
+int ksmushim_raw_discards_are_exact(void) { return !AnyPromise(); }
+
+void ksmushim_forget(void* start, size_t length) { ForgetInherited(SpanOf(start, length)); }
+
+void ksmushim_begin(void (*when_loaded)(void)) { BeginEarly(when_loaded); }
+
+int ksmushim_fork_prepare(void) { return TryForkPrepare(); }
+void ksmushim_fork_parent(void) { AfterForkInParent(); }
+void ksmushim_fork_child(void) { AfterForkInChild(); }
+
+}  // extern "C"

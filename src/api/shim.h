@@ -1,0 +1,44 @@
+// What the preloaded shim needs of the library besides ksmu.h. Exported under a version of its own, for the shim of the
+// same release and for nobody else.
+#pragma once
+
+#include <cstddef>
+
+#include "ksmu/ksmu.h"
+
+extern "C" {
+
+// To be called by an object that is initialised before all others (-z initfirst). The library's fork handlers are then the
+// last that run before a fork: whatever lock an allocator's handler waits for, nobody holds it who waits for the library.
+// `when_loaded` is called when libc and the library are there.
+KSMU_API void ksmushim_begin(void (*when_loaded)(void));
+
+// KSMU_SHIM_DORMANT: a forked child of a process with an engine; whatever wakes it starts threads.
+enum { KSMU_SHIM_NONE = 0, KSMU_SHIM_RUNNING = 1, KSMU_SHIM_DORMANT = 2, KSMU_SHIM_RAW_CHILD = 3 };
+KSMU_API int ksmushim_state(void);
+
+// Whether part of the range may be a region. "No" is certain. Without a lock or a system call; any thread, any moment.
+KSMU_API int ksmushim_may_hold(const void* start, size_t length);
+
+// Makes a system call on the scanner's thread, with no merge in hand: for calls that change protection or attributes of
+// regions, which a merge would carry over from before. False: no engine is running, nothing was done.
+KSMU_API int ksmushim_call(void* start, size_t length, long number, const long* arguments, long* result);
+
+// As ksmu_advise(KSMU_MERGEABLE | flags), where an engine runs; never starts one. 0 or -errno (-EAGAIN: none runs).
+KSMU_API int ksmushim_advise(void* start, size_t length, int advice);
+
+// Discards the range as KSMU_DISCARD does, and never starts anything: what an allocator's madvise needs. -errno.
+KSMU_API int ksmushim_discard(void* start, size_t length);
+// Whether raw discards are exact everywhere: no region was advised with KSMU_F_NO_RAW_DISCARDS.
+KSMU_API int ksmushim_raw_discards_are_exact(void);
+
+// The range is being unmapped in a dormant child: not to become a region when it wakes.
+KSMU_API void ksmushim_forget(void* start, size_t length);
+
+// Around a fork that runs no atfork handlers (_Fork, clone), and around what must not meet a merge (a seccomp filter). A
+// false `prepare` did nothing.
+KSMU_API int ksmushim_fork_prepare(void);
+KSMU_API void ksmushim_fork_parent(void);
+KSMU_API void ksmushim_fork_child(void);
+
+}  // extern "C"
