@@ -9,6 +9,10 @@ install(TARGETS ksmu EXPORT ksmuTargets
 # Apart, because only who links the archive needs liburing's development files.
 install(TARGETS ksmu_static EXPORT ksmuStaticTargets
   ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+if(TARGET ksmu_preload)
+  install(TARGETS ksmu_preload LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+  install(TARGETS ksmuctl RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+endif()
 
 set(ksmu_cmake_dir "${CMAKE_INSTALL_LIBDIR}/cmake/ksmu")
 install(EXPORT ksmuTargets NAMESPACE ksmu:: DESTINATION "${ksmu_cmake_dir}")

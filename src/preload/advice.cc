@@ -1,0 +1,163 @@
+// madvise and its kin. On memory that is merged the kernel answers some advice as it does for a file; what anonymous memory
+// would have answered is what the program gets.
+#include <sys/mman.h>
+
+#include <cerrno>
+
+#include "api/shim.h"
+#include "os/text.h"
+#include "os/uapi.h"
+#include "preload/auto.h"
+#include "preload/config.h"
+#include "preload/memory.h"
+#include "preload/next.h"
+#include "preload/own_pidfd.h"
+#include "preload/regions.h"
+#include "preload/seen.h"
+
+namespace ksmu::preload {
+namespace {
+
+using os::raw::Direct;
+
+// Headers older than the kernel.
+constexpr int kMadvCollapse = 25, kMadvDontneedLocked = 24, kMadvGuardInstall = 102, kMadvGuardRemove = 103;
+constexpr long kPage = 4096;
+
+long Kernel(void* at, size_t bytes, int advice) {
+  const int saved = errno;
+  const long result = NextMadvise(at, bytes, advice) == 0 ? 0 : -errno;
+  errno = saved;
+  return result;
+}
+Span SpanOf(void* at, size_t bytes) { return {reinterpret_cast<Address>(at), (bytes + kPage - 1) & ~size_t{kPage - 1}}; }
+
+long Mergeable(void* at, size_t bytes) {
+  // Where the library cannot work, the kernel's own KSM gets the advice, as without the shim.
+  if (StartEngine() != 0) return Kernel(at, bytes, MADV_MERGEABLE);
+  const int advice = KSMU_MERGEABLE | (g_config.promise ? KSMU_F_NO_RAW_DISCARDS : 0);
+  const int error = Advise(SpanOf(at, bytes), advice);
+  g_seen.Set(SpanOf(at, bytes), Seen::kAdvised);
+  switch (-error) {
+    case 0: return 0;
+    case EOPNOTSUPP:  // the kernel passes over what cannot be merged, and so do we
+    case EBUSY: return 0;
+    case EINVAL:
+    case ENOMEM: return error;
+    default: return Kernel(at, bytes, MADV_MERGEABLE);
+  }
+}
+
+long Unmergeable(void* at, size_t bytes) {
+  g_seen.Set(SpanOf(at, bytes), Seen::kRefused);
+  ForgetLocked(SpanOf(at, bytes));
+  // The kernel's as well: it may have been told before the library could work, and knows about bad ranges.
+  const long result = Kernel(at, bytes, MADV_UNMERGEABLE);
+  if (result == -EINVAL || !Concerns(at, bytes)) return result;
+  if (ksmushim_state() == KSMU_SHIM_DORMANT) ksmushim_forget(at, bytes);
+  if (ksmushim_state() != KSMU_SHIM_RUNNING) return result;
+  const int error = Advise(SpanOf(at, bytes), KSMU_UNMERGEABLE);
+  return error == -ENOMEM || error == -EAGAIN ? error : result;
+}
+
+// A discard. A raw one is exact while an engine is there; in a child whose engine sleeps, and where a promise was made that
+// there would be none, the library does it.
+long Discard(void* at, size_t bytes, int advice) {
+  const bool raw = ksmushim_state() == KSMU_SHIM_RUNNING && ksmushim_raw_discards_are_exact();
+  if (raw) {
+    const long result = Kernel(at, bytes, advice);
+    // Pages of frames cannot be freed lazily: they are discarded now.
+    if (result != -EINVAL || advice != MADV_FREE) return result;
+  } else if (advice == kMadvDontneedLocked) {
+    return Kernel(at, bytes, advice);  // locked memory is not merged
+  }
+  return ksmushim_discard(at, bytes);
+}
+
+// The first region of the range: what lies before it is the kernel's to answer for.
+long Remove(void* at, size_t bytes) {
+  const Span span = SpanOf(at, bytes);
+  Address next = span.start;
+  Span part;
+  int flags;
+  if (!NextRegion(span, &next, &part, &flags)) return Kernel(at, bytes, MADV_REMOVE);
+  if (part.start > span.start) {
+    if (const long result = Kernel(at, part.start - span.start, MADV_REMOVE)) return result;
+  }
+  return -EINVAL;  // as private anonymous memory answers
+}
+
+}  // namespace
+
+long DoMadvise(void* at, size_t bytes, int advice) {
+  const auto address = reinterpret_cast<Address>(at);
+  // What the kernel refuses whatever is there, it refuses itself.
+  const bool sound = address % kPage == 0 && address + bytes >= address;
+  if (!Active() || !sound || bytes == 0) return Kernel(at, bytes, advice);
+  if (advice == MADV_MERGEABLE) return Mergeable(at, bytes);
+  if (advice == MADV_UNMERGEABLE) return Unmergeable(at, bytes);
+  if (!Concerns(at, bytes)) return Kernel(at, bytes, advice);
+  switch (advice) {
+    case MADV_DONTNEED:
+    case MADV_FREE:
+    case kMadvDontneedLocked:
+      return Discard(at, bytes, advice);
+    case MADV_REMOVE:
+      return Remove(at, bytes);
+    case MADV_WIPEONFORK:
+    case kMadvCollapse:
+    case kMadvGuardRemove: {
+      // Not for frames' mappings, and not while every page is watched: plain memory meanwhile.
+      TakenOut regions(SpanOf(at, bytes), true);
+      const long result = Kernel(at, bytes, advice);
+      regions.PutBack();
+      return result;
+    }
+    case kMadvGuardInstall: {
+      // Never on a merged page (it does not return); a guarded range is not merged from now on.
+      TakenOut regions(SpanOf(at, bytes), true);
+      const long result = Kernel(at, bytes, advice);
+      if (result) regions.PutBack();
+      else g_seen.Set(SpanOf(at, bytes), Seen::kRefused);
+      return result;
+    }
+    case MADV_DONTFORK:
+    case MADV_DOFORK:
+    case MADV_DONTDUMP:
+    case MADV_DODUMP:
+    case MADV_HUGEPAGE:
+    case MADV_NOHUGEPAGE:
+    case MADV_KEEPONFORK: {
+      // A merge in hand would carry the old attribute over.
+      const long arguments[6] = {static_cast<long>(address), static_cast<long>(bytes), advice, 0, 0, 0};
+      long result;
+      if (ksmushim_call(at, bytes, SYS_madvise, arguments, &result)) return result;
+      return Kernel(at, bytes, advice);
+    }
+    default:
+      return Kernel(at, bytes, advice);
+  }
+}
+
+long DoProcessMadvise(int pidfd, const void* vectors, size_t count, int advice, unsigned flags) {
+  const auto kernel = [&] {
+    return Direct(SYS_process_madvise, pidfd, reinterpret_cast<long>(vectors), static_cast<long>(count), advice, static_cast<long>(flags));
+  };
+  constexpr size_t kMost = 1024;  // UIO_MAXIOV
+  const bool changes = advice == MADV_MERGEABLE || advice == MADV_UNMERGEABLE || advice == MADV_DONTNEED || advice == MADV_FREE ||
+                       advice == kMadvCollapse || advice == kMadvGuardInstall || advice == kMadvGuardRemove || advice == MADV_DONTFORK;
+  if (!Active() || !changes || flags || count > kMost || !IsOwnPidfd(pidfd)) return kernel();
+  // A kernel that does not take this advice for a process's own memory either says so, for nothing at all.
+  const iovec nothing{nullptr, 0};
+  if (const long refused = Direct(SYS_process_madvise, pidfd, reinterpret_cast<long>(&nothing), 0, advice, 0); refused < 0) return refused;
+  long done = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const iovec& part = static_cast<const iovec*>(vectors)[i];
+    const long result = DoMadvise(part.iov_base, part.iov_len, advice);
+    if (result < 0) return done ? done : result;
+    done += static_cast<long>(part.iov_len);
+  }
+  return done;
+}
+
+}  // namespace ksmu::preload

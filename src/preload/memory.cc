@@ -1,0 +1,241 @@
+// mmap, munmap, mremap, mprotect and locks.
+#include "preload/memory.h"
+
+#include <sys/mman.h>
+#include <sys/shm.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "api/shim.h"
+#include "preload/auto.h"
+#include "preload/config.h"
+#include "preload/next.h"
+#include "preload/regions.h"
+#include "preload/seen.h"
+
+namespace ksmu::preload {
+namespace {
+
+using os::raw::Direct;
+
+constexpr long kPage = 4096;  // the least that Linux has; rounding up further is the kernel's
+long L(const void* p) { return reinterpret_cast<long>(p); }
+
+Span SpanOf(const void* start, size_t bytes) { return {reinterpret_cast<Address>(start), (bytes + kPage - 1) & ~size_t{kPage - 1}}; }
+
+// The result of one of libc's functions as that of a system call.
+long Result(long result) {
+  return result == -1 ? -errno : result;
+}
+
+// Which mappings can become regions when somebody asks.
+bool Mergeable(int flags) {
+  constexpr int kNot = MAP_STACK | MAP_GROWSDOWN | MAP_HUGETLB | MAP_LOCKED;
+  return (flags & MAP_ANONYMOUS) && (flags & MAP_TYPE) == MAP_PRIVATE && !(flags & kNot);
+}
+Seen::State StateFor(int prot) {
+  return prot & PROT_EXEC ? Seen::kRefused : prot & PROT_WRITE ? Seen::kWritable : Seen::kPlain;
+}
+
+}  // namespace
+
+long DoMmap(void* at, size_t bytes, int prot, int flags, int fd, off_t offset) {
+  if (!Active()) return Result(L(NextMmap(at, bytes, prot, flags, fd, offset)));
+  const bool replaces = (flags & MAP_FIXED) && (flags & MAP_FIXED_NOREPLACE) != MAP_FIXED_NOREPLACE;
+  long result;
+  if (replaces && bytes) {
+    const Span span = SpanOf(at, bytes);
+    g_seen.Remove(span);
+    ForgetLocked(span);
+    if (Concerns(at, bytes)) {
+      // A range that is not to be replaced after all is what it was.
+      TakenOut regions(span, false);
+      if (ksmushim_state() == KSMU_SHIM_DORMANT) ksmushim_forget(at, bytes);
+      result = Result(L(NextMmap(at, bytes, prot, flags, fd, offset)));
+      if (result < 0 && result >= -4095) regions.PutBack();
+    } else {
+      result = Result(L(NextMmap(at, bytes, prot, flags, fd, offset)));
+    }
+  } else {
+    result = Result(L(NextMmap(at, bytes, prot, flags, fd, offset)));
+  }
+  if (result < 0 && result >= -4095) return result;
+  const Span made = SpanOf(reinterpret_cast<void*>(result), bytes);
+  if (Mergeable(flags)) {
+    g_seen.Add(made, StateFor(prot));
+    if (prot & PROT_WRITE) WakeAuto();
+  }
+  return result;
+}
+
+long DoMunmap(void* at, size_t bytes) {
+  if (!Active() || bytes == 0) return Result(NextMunmap(at, bytes));
+  g_seen.Remove(SpanOf(at, bytes));
+  ForgetLocked(SpanOf(at, bytes));
+  if (!Concerns(at, bytes)) return Result(NextMunmap(at, bytes));
+  switch (ksmushim_state()) {
+    case KSMU_SHIM_RUNNING: return Result(ksmu_unmap(at, bytes));
+    case KSMU_SHIM_DORMANT: ksmushim_forget(at, bytes); break;
+    default: break;
+  }
+  return Result(NextMunmap(at, bytes));
+}
+
+namespace {
+
+// Memory that was merged once can be several mappings, and the kernel moves or grows one at a time only (EFAULT). Then the
+// bytes move instead. `from` is plain by now.
+long MoveByCopying(Span from, size_t new_bytes, int flags, void* to) {
+  if (!(flags & MREMAP_MAYMOVE)) return -EFAULT;
+  const int fixed = flags & MREMAP_FIXED ? MAP_FIXED : 0;
+  const long made = Direct(SYS_mmap, fixed ? L(to) : 0, static_cast<long>(new_bytes), PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
+  if (made < 0 && made >= -4095) return made;
+  // By the kernel: what cannot be read is an error here, and no signal. Holes and untouched pages read as zeros.
+  const size_t bytes = from.bytes < new_bytes ? from.bytes : new_bytes;
+  struct { long base; size_t length; } local{static_cast<long>(from.start), 0}, remote{made, 0};
+  for (size_t done = 0; done < bytes;) {
+    local = {static_cast<long>(from.start + done), bytes - done};
+    remote = {static_cast<long>(static_cast<size_t>(made) + done), bytes - done};
+    const long copied = Direct(SYS_process_vm_writev, Direct(SYS_getpid), L(&local), 1, L(&remote), 1, 0);
+    if (copied <= 0) {
+      if (copied == -EINTR) continue;
+      Direct(SYS_munmap, made, static_cast<long>(new_bytes));
+      return -EFAULT;
+    }
+    done += static_cast<size_t>(copied);
+  }
+  if (flags & MREMAP_DONTUNMAP) {
+    // What stays behind is empty.
+    const long left = Direct(SYS_mmap, static_cast<long>(from.start), static_cast<long>(from.bytes), PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    return left < 0 && left >= -4095 ? left : made;
+  }
+  Direct(SYS_munmap, static_cast<long>(from.start), static_cast<long>(from.bytes));
+  return made;
+}
+
+}  // namespace
+
+long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
+  const auto plain = [&] { return Result(L(NextMremap(from, bytes, new_bytes, flags, to))); };
+  if (!Active() || bytes == 0 || new_bytes == 0) return plain();
+  const Span old = SpanOf(from, bytes);
+  const size_t rounded = SpanOf(nullptr, new_bytes).bytes;
+  const bool placed = flags & MREMAP_FIXED;
+  const bool concerns = Concerns(from, bytes), overwrites = placed && Concerns(to, new_bytes);
+  if (placed) g_seen.Remove(SpanOf(to, new_bytes));
+  const auto follow = [&](long result) {
+    if (result < 0 && result >= -4095) return;
+    const auto start = static_cast<Address>(result);
+    if (start != old.start) {
+      g_seen.Move(old, {start, rounded});
+      if (flags & MREMAP_DONTUNMAP) g_seen.Add(old, Seen::kRefused);
+    } else if (rounded < old.bytes) {
+      g_seen.Remove({old.start + rounded, old.bytes - rounded});
+    } else if (rounded > old.bytes) {
+      g_seen.Move(old, {start, rounded});
+    }
+    WakeAuto();
+  };
+  if (!concerns && !overwrites) {
+    const long result = plain();
+    follow(result);
+    return result;
+  }
+  if (!placed && !(flags & MREMAP_DONTUNMAP) && rounded <= old.bytes) {
+    // Shrinking in place unmaps the rest, whatever it consists of.
+    if (rounded < old.bytes) {
+      const long result = DoMunmap(reinterpret_cast<void*>(old.start + rounded), old.bytes - rounded);
+      if (result) return result;
+    }
+    return L(from);
+  }
+  if (ksmushim_state() == KSMU_SHIM_DORMANT) {
+    ksmushim_forget(from, bytes);
+    if (placed) ksmushim_forget(to, new_bytes);
+  }
+  TakenOut replaced(overwrites ? SpanOf(to, new_bytes) : Span{}, false);
+  TakenOut moved(old, true);
+  long result = plain();
+  if (result == -EFAULT) result = MoveByCopying(old, rounded, flags, to);
+  if (result < 0 && result >= -4095) {
+    moved.PutBack();
+    replaced.PutBack();
+    return result;
+  }
+  follow(result);
+  const auto start = static_cast<Address>(result);
+  moved.PutBack(start - old.start, start + rounded);
+  if (flags & MREMAP_DONTUNMAP) moved.PutBack();
+  return result;
+}
+
+long DoMprotect(void* at, size_t bytes, int prot, int key, bool with_key) {
+  const auto plain = [&] { return Result(with_key ? NextPkeyMprotect(at, bytes, prot, key) : NextMprotect(at, bytes, prot)); };
+  if (!Active() || bytes == 0) return plain();
+  long result;
+  if (!Concerns(at, bytes)) {
+    result = plain();
+  } else if (prot & PROT_EXEC) {
+    // Code is not merged; and pages of frames are not to be executed.
+    TakenOut code(SpanOf(at, bytes), true);
+    result = plain();
+    if (result) code.PutBack();
+  } else {
+    // A merge in hand would carry the old protection over.
+    const long arguments[6] = {L(at), static_cast<long>(bytes), prot, key, 0, 0};
+    if (!ksmushim_call(at, bytes, with_key ? SYS_pkey_mprotect : SYS_mprotect, arguments, &result)) result = plain();
+  }
+  if (result == 0 && !(prot & ~(PROT_READ | PROT_WRITE | PROT_EXEC))) {
+    if (prot & PROT_EXEC) {
+      g_seen.Set(SpanOf(at, bytes), Seen::kRefused);
+    } else if (prot & PROT_WRITE) {
+      g_seen.Set(SpanOf(at, bytes), Seen::kWritable, Seen::kPlain);
+      WakeAuto();
+    }
+  }
+  return result;
+}
+
+// Locked memory is not to be merged: it gets its own pages back first. It stays known as a region that cannot be merged at
+// the moment, and becomes one again when it is unlocked.
+long DoLock(long number, long a, long b, long c) {
+  const bool all = number == SYS_mlockall;
+  const Span span = all ? Span{0, Address{1} << 48} : SpanOf(reinterpret_cast<void*>(a), static_cast<size_t>(b));
+  const auto plain = [&] { return Direct(number, a, b, c); };
+  // MCL_FUTURE alone locks nothing that is there.
+  if (!Active() || (all && !(a & MCL_CURRENT)) || (!all && !Concerns(reinterpret_cast<void*>(a), static_cast<size_t>(b)))) {
+    return plain();
+  }
+  TakenOut locked(span, true);
+  const long result = plain();
+  if (result == 0) locked.ForEach([](Span part, int advice) { NoteLockedAdvice(part, advice); });
+  locked.PutBack();
+  return result;
+}
+
+long DoUnlock(long number, long a, long b) {
+  const long result = Direct(number, a, b);
+  if (result || !Active() || ksmushim_state() != KSMU_SHIM_RUNNING) return result;
+  const bool all = number == SYS_munlockall;
+  const Span span = all ? Span{0, Address{1} << 48} : SpanOf(reinterpret_cast<void*>(a), static_cast<size_t>(b));
+  ReadviseUnlocked(span);
+  return result;
+}
+
+long DoOnRange(long number, const long* arguments) {
+  const auto plain = [&] {
+    return Direct(number, arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]);
+  };
+  void* const at = reinterpret_cast<void*>(arguments[0]);
+  const auto bytes = static_cast<size_t>(arguments[1]);
+  if (!Concerns(at, bytes)) return plain();
+  TakenOut regions(SpanOf(at, bytes), true);
+  const long result = plain();
+  regions.PutBack();
+  return result;
+}
+
+}  // namespace ksmu::preload

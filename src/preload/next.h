@@ -1,0 +1,70 @@
+// The functions behind ours: those of the next object in the program's search order (libc's, as a rule; an allocator's or a
+// profiler's own interposition where there is one). Until the shim has been initialised, the kernel itself.
+#pragma once
+
+#include <pthread.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#include <cerrno>
+#include <cstddef>
+
+#include "preload/config.h"
+
+namespace ksmu::preload {
+
+struct Next {
+  void* (*mmap)(void*, size_t, int, int, int, off_t);
+  int (*munmap)(void*, size_t);
+  void* (*mremap)(void*, size_t, size_t, int, ...);
+  int (*mprotect)(void*, size_t, int);
+  int (*pkey_mprotect)(void*, size_t, int, int);
+  int (*madvise)(void*, size_t, int);
+  int (*posix_madvise)(void*, size_t, int);
+  ssize_t (*process_madvise)(int, const iovec*, size_t, int, unsigned);
+  int (*mlock)(const void*, size_t);
+  int (*mlock2)(const void*, size_t, unsigned);
+  int (*mlockall)(int);
+  int (*munlock)(const void*, size_t);
+  int (*munlockall)();
+  void* (*shmat)(int, const void*, int);
+  int (*prctl)(int, unsigned long, unsigned long, unsigned long, unsigned long);
+  int (*ioctl)(int, unsigned long, void*);
+  pid_t (*_Fork)();
+  int (*clone)(int (*)(void*), void*, int, void*, ...);
+  int (*setstack)(pthread_attr_t*, void*, size_t);
+};
+extern Next g_next;
+
+// Set while a function behind ours is running, which may be an interposer itself and come back by another name (tcmalloc's
+// mmap makes its call by `syscall`): what it does is part of a call that is being seen to.
+extern thread_local int t_forwarding __attribute__((tls_model("initial-exec")));
+class Forwarding {
+ public:
+  Forwarding() { ++t_forwarding; }
+  ~Forwarding() { --t_forwarding; }
+  Forwarding(const Forwarding&) = delete;
+};
+
+void FindNext();  // by dlsym; once, from the constructor
+
+// -errno results as the C library gives them.
+inline long Answer(long result) {
+  if (result >= 0 || result < -4095) return result;
+  errno = static_cast<int>(-result);
+  return -1;
+}
+inline void* AnswerAddress(long result) { return reinterpret_cast<void*>(Answer(result)); }
+
+// As the functions of these names; errno is set on failure.
+void* NextMmap(void* at, size_t bytes, int prot, int flags, int fd, off_t offset);
+int NextMunmap(void* at, size_t bytes);
+void* NextMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to);
+int NextMprotect(void* at, size_t bytes, int prot);
+int NextPkeyMprotect(void* at, size_t bytes, int prot, int key);
+int NextMadvise(void* at, size_t bytes, int advice);
+
+// Whether a call is to be looked at.
+inline bool Active() { return g_config.active && t_forwarding == 0; }
+
+}  // namespace ksmu::preload

@@ -1,0 +1,6 @@
+// Whether a pidfd is this process's own.
+#pragma once
+
+namespace ksmu::preload {
+bool IsOwnPidfd(int pidfd);
+}
