@@ -3,6 +3,7 @@
 #include <cerrno>
 
 #include "api/state.h"
+#include "os/mappings.h"
 #include "os/thread.h"
 #include "os/without_engine.h"
 
@@ -17,6 +18,17 @@ os::Span SpanOf(void* start, std::size_t length) {
   return {reinterpret_cast<os::Address>(start), (length + page - 1) & ~(page - 1)};
 }
 
+// None of these sets errno, whatever system calls they make.
+class SameErrno {
+ public:
+  SameErrno() : saved_(errno) {}
+  ~SameErrno() { errno = saved_; }
+  SameErrno(const SameErrno&) = delete;
+
+ private:
+  const int saved_;
+};
+
 }  // namespace
 
 extern "C" {
@@ -28,6 +40,7 @@ int ksmushim_may_hold(const void* start, size_t length) {
 }
 
 int ksmushim_call(void* start, size_t length, long number, const long* arguments, long* result) {
+  const SameErrno same;
   Use use(Use::kNever);
   if (!use.runtime()) return 0;
   engine::Command command;
@@ -42,6 +55,7 @@ int ksmushim_call(void* start, size_t length, long number, const long* arguments
 }
 
 int ksmushim_advise(void* start, size_t length, int advice) {
+  const SameErrno same;
   Use use(Use::kNever);
   if (!use.runtime()) return -EAGAIN;
   engine::Command command;
@@ -55,6 +69,7 @@ int ksmushim_advise(void* start, size_t length, int advice) {
 }
 
 int ksmushim_discard(void* start, size_t length) {
+  const SameErrno same;
   const os::Span span = SpanOf(start, length);
   {
     Use use(Use::kNever);
@@ -72,12 +87,38 @@ int ksmushim_discard(void* start, size_t length) {
 
 int ksmushim_raw_discards_are_exact(void) { return !AnyPromise(); }
 
-void ksmushim_forget(void* start, size_t length) { ForgetInherited(SpanOf(start, length)); }
+void ksmushim_forget(void* start, size_t length) {
+  const SameErrno same;
+  ForgetInherited(SpanOf(start, length));
+}
+
+int ksmushim_is_plain(void* start, size_t length) {
+  const SameErrno same;
+  const os::Span span = SpanOf(start, length);
+  os::Mappings mappings;
+  bool plain = mappings.Open() == 0;
+  for (os::Address at = span.start; plain && at < span.end();) {
+    os::Mapping mapping;
+    bool frames = false;
+    plain = mappings.QueryFrames(at, &mapping, &frames) == 0 && mapping.start <= at && (mapping.anonymous || frames) &&
+            !mapping.shared && mapping.readable && mapping.writable && !mapping.executable;
+    at = mapping.end;
+  }
+  mappings.Close();
+  return plain;
+}
 
 void ksmushim_begin(void (*when_loaded)(void)) { BeginEarly(when_loaded); }
 
-int ksmushim_fork_prepare(void) { return TryForkPrepare(); }
-void ksmushim_fork_parent(void) { AfterForkInParent(); }
+int ksmushim_fork_prepare(void) {
+  const SameErrno same;
+  return TryForkPrepare();
+}
+void ksmushim_fork_parent(void) {
+  const SameErrno same;
+  AfterForkInParent();
+}
 void ksmushim_fork_child(void) { AfterForkInChild(); }
+void ksmushim_raw_child(void) { AfterRawClone(); }
 
 }  // extern "C"

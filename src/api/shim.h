@@ -40,5 +40,10 @@ KSMU_API void ksmushim_forget(void* start, size_t length);
 KSMU_API int ksmushim_fork_prepare(void);
 KSMU_API void ksmushim_fork_parent(void);
 KSMU_API void ksmushim_fork_child(void);
+// In a child that a clone by number, or with a stack of its own, has made: after a `prepare` or without one.
+KSMU_API void ksmushim_raw_child(void);
+
+// Whether the range is private memory without a hole, readable and writable, of the program's or of frames.
+KSMU_API int ksmushim_is_plain(void* start, size_t length);
 
 }  // extern "C"

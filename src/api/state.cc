@@ -47,6 +47,17 @@ State& state() { return g_state; }
 // Where a forked child finds what it inherits: this memory is copied by fork, the engine's own is not.
 constinit engine::Inheritance g_inheritance;
 constinit std::atomic<bool> g_promise{false};
+constinit std::atomic<bool> g_inherited_busy{false};
+
+// The list of inherited regions, while it is read or changed. Held over nothing that allocates or starts a thread.
+class InheritedList {
+ public:
+  InheritedList() {
+    while (g_inherited_busy.exchange(true, std::memory_order_acquire)) os::YieldThread();
+  }
+  ~InheritedList() { g_inherited_busy.store(false, std::memory_order_release); }
+  InheritedList(const InheritedList&) = delete;
+};
 using WhenLoaded = void (*)();
 constinit WhenLoaded g_when_loaded = nullptr;
 
@@ -160,6 +171,7 @@ void ForkChild() {
   if (!std::exchange(t_fork_paused, false)) g_inheritance.known().count = 0;
   t_fork_locked = false;
   s.has_threads_in_hand.store(false, std::memory_order_relaxed);
+  g_inherited_busy.store(false, std::memory_order_relaxed);
   if (had) {
     s.inherited.store(true, std::memory_order_relaxed);
     g_inheritance.file_count.store(g_inheritance.child_file_count, std::memory_order_relaxed);
@@ -186,6 +198,14 @@ bool TryForkPrepare() {
 }
 void AfterForkInParent() { ForkParent(); }
 void AfterForkInChild() { ForkChild(); }
+void AfterRawClone() {
+  State& s = state();
+  s.runtime.store(nullptr, std::memory_order_relaxed);
+  s.pid.store(-1, std::memory_order_relaxed);  // whatever number it has: in a namespace of its own, perhaps the parent's
+  t_fork_locked = t_fork_paused = false;
+  g_inherited_busy.store(false, std::memory_order_relaxed);
+  new (&s.mutex) std::mutex;
+}
 
 EngineState CurrentState() {
   State& s = state();
@@ -196,8 +216,8 @@ EngineState CurrentState() {
 
 void ForgetInherited(os::Span span) {
   State& s = state();
-  std::lock_guard lock(s.mutex);
-  if (!s.inherited.load(std::memory_order_relaxed)) return;
+  if (!s.inherited.load(std::memory_order_acquire)) return;
+  const InheritedList list;
   engine::Inheritance::Regions& inherited = g_inheritance.known();
   for (std::size_t i = 0; i < inherited.count; ++i) {
     engine::Inheritance::Entry& entry = inherited.entries[i];
@@ -261,8 +281,12 @@ int StartRuntime(const engine::RuntimeOptions& options) {
 int WakeInherited() {
   State& s = state();
   if (int error = StartRuntime(s.options)) return error;
+  {
+    // Whoever unmaps meanwhile is either before this, and its range is not in the list any more, or after it, and unmaps a region.
+    const InheritedList list;
+    s.runtime.load(std::memory_order_relaxed)->InheritRegions();
+  }
   s.inherited.store(false, std::memory_order_release);
-  s.runtime.load(std::memory_order_relaxed)->InheritRegions();
   return 0;
 }
 

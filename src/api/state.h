@@ -42,6 +42,7 @@ EngineState CurrentState();
 bool TryForkPrepare();
 void AfterForkInParent();
 void AfterForkInChild();
+void AfterRawClone();  // in a child of which libc knows nothing: InRawChild from now on
 
 // In a forked child whose engine sleeps: the range is not what it was.
 void ForgetInherited(os::Span span);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <utility>
 
 #include "base/test_point.h"
 #include "engine/engine.h"
@@ -93,8 +94,10 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
     }
     if (mapping.anonymous) {
       if (int error = system_.Register(os::kTracker, part, os::kWriteProtect)) {
-        if (error == -EBUSY) foreign = true;
-        else if (error == -EINVAL) ineligible = true;
+        if (error == -EBUSY) {
+          foreign = true;
+          if (presence_) presence_->Note(part);  // it is asked about again: its unmapping must not go unseen
+        } else if (error == -EINVAL) ineligible = true;
         else failure = error;
         leave_out(part.start, part.end(), error == -EBUSY ? EBUSY : EOPNOTSUPP);
         return;
@@ -161,11 +164,15 @@ void Engine::RetryForeign() {
   for (std::size_t i = 0; i < excluded_.size(); ++i) {
     const Region part = excluded_[i];
     if (part.cause != EBUSY) continue;
-    const std::size_t before = excluded_.size();
-    const int error = Advise(part.span(), part.promise, part.sync_break, part.owned);
-    // Gone altogether: nothing will come of it.
-    if (error == -ENOMEM && HasHoles(part.span())) excluded_.Erase(part.span());
-    if (excluded_.size() < before) i -= std::min(i + 1, before - excluded_.size());
+    // What of it is still held, or a hole by now, is written down anew by the advice. Nothing at all: it is gone, or something
+    // else's.
+    const std::uint64_t asked_for = std::exchange(foreign_at_, 0);
+    if (Advise(part.span(), part.promise, part.sync_break, part.owned) && foreign_at_ == 0) excluded_.Erase(part.span());
+    if (foreign_at_ == 0) foreign_at_ = asked_for;
+    // The list has changed under this: on behind the part.
+    i = 0;
+    while (i < excluded_.size() && excluded_[i].end <= part.end) ++i;
+    --i;
   }
 }
 
@@ -333,6 +340,15 @@ void Engine::FillMarked(Span span) {
     }
     a = end;
   }
+}
+
+void Engine::ForgetPresence(Span span) {
+  Address begun = span.start;
+  Region kept;
+  for (Address at = span.start; NextIn(span, &at, &kept); begun = at) {
+    if (begun < kept.start) presence_->Forget({begun, kept.start - begun});
+  }
+  if (begun < span.end()) presence_->Forget({begun, span.end() - begun});
 }
 
 long Engine::CallForProgram(Span span, long number, const long* arguments) {

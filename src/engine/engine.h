@@ -79,6 +79,8 @@ class Engine {
   // arguments of a system call that neither blocks nor touches the range's pages. Its result, -errno.
   long CallForProgram(Span span, long number, const long* arguments);
   void SetPresence(Presence* presence) { presence_ = presence; }
+  // Where no region is any more. Not where pages stay in a run's mapping: what the program does there still concerns us.
+  void ForgetPresence(Span span);
   // Every region; with `forget` the regions end as well (ksmu_stop).
   int UnmergeAll(bool forget);
 

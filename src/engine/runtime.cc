@@ -336,11 +336,11 @@ void Runtime::Run(Command* command, Slot* slot, bool parked) {
         command->result = -ENOMEM;
         command->holes = true;
       }
-      if (command->result == 0 || command->holes) options_.inheritance->presence.Forget(command->span);
+      if (command->result == 0 || command->holes) engine.ForgetPresence(command->span);
       break;
     case Command::kRelease:
       command->result = engine.Release(command->span);
-      if (command->result == 0) options_.inheritance->presence.Forget(command->span);
+      if (command->result == 0) engine.ForgetPresence(command->span);
       break;
     case Command::kDiscard:
       command->result = engine.Discard(command->span, !parked);

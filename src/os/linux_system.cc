@@ -155,7 +155,7 @@ int LinuxSystem::OpenAll(const LinuxOptions& options, ErrorText* error) {
   if (options.io_uring_batches) features_.io_uring = batch_.OpenRing() == 0;
 
   if (int failed =
-          raw::Mmap(0, page_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &idle_page_)) {
+          raw::Mmap(LastingPlace(page_bytes_), page_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, &idle_page_)) {
     error->Set("No memory for the library's own tables.");
     return failed;
   }

@@ -10,7 +10,11 @@ namespace {
 
 // In the middle of 47 bits: above what allocators, collectors and interpreters ask for by address (up to 32 TiB), below what
 // the kernel gives out from the top. With fewer bits of addresses the hint is out of reach, and ignored.
+#ifdef KSMU_PRELOAD
+constexpr std::uintptr_t kBase = std::uintptr_t{0x3400'0000'0000};  // the shim counts for itself what it has mapped
+#else
 constexpr std::uintptr_t kBase = std::uintptr_t{0x3000'0000'0000};
+#endif
 constexpr std::uintptr_t kPassingBytes = std::uintptr_t{16} << 20;  // more than a run with what lies around it
 constexpr std::uint32_t kPassingPlaces = 64;
 constexpr std::uintptr_t kUnit = std::uintptr_t{64} << 10;  // side by side: they share page tables, and mappings

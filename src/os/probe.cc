@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "os/pool_file.h"
+#include "os/own_place.h"
 #include "os/raw.h"
 #include "os/uapi.h"
 #include "os/uffd.h"
@@ -78,7 +79,7 @@ class Probe {
     return Missing(what);
   }
   int Map(std::size_t pages, int flags, int fd, Address* out) {
-    int error = raw::Mmap(0, pages * page_, PROT_READ | PROT_WRITE, MAP_PRIVATE | flags, fd, 0, out);
+    int error = raw::Mmap(LastingPlace(pages * page_), pages * page_, PROT_READ | PROT_WRITE, MAP_PRIVATE | flags, fd, 0, out);
     if (error == 0) {
       // Scratch pages are looked at one by one: no huge page may take the place of several.
       raw::Madvise(*out, pages * page_, MADV_NOHUGEPAGE);

@@ -5,6 +5,7 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/resource.h>
@@ -15,7 +16,9 @@
 #include <climits>
 #include <cstring>
 
+#include "base/own_memory.h"
 #include "os/mappings.h"
+#include "os/own_place.h"
 #include "os/pool_file.h"
 #include "os/process.h"
 #include "os/raw.h"
@@ -47,6 +50,39 @@ std::size_t ThreadVariableBytes() {
   return bytes;
 }
 
+// Stacks of the library's own threads, apart from the program's mappings (own_place.h says why). A forked child has them too:
+// libc's list of threads goes through them there.
+struct OwnStack {
+  std::atomic<void*> base{nullptr};
+  std::size_t bytes = 0;
+  pthread_t thread{};
+};
+OwnStack g_stacks[16];
+
+// One of them, with an inaccessible page at its low end; nullptr: libc's own choice has to do.
+OwnStack* MakeStack(std::size_t bytes) {
+  if (LastingPlace(0) == 0) return nullptr;
+  const std::size_t page = SystemPageSize();
+  for (OwnStack& stack : g_stacks) {
+    void* none = nullptr;
+    if (!stack.base.compare_exchange_strong(none, &stack)) continue;
+    void* const base = base::MapInheritedPages(bytes);
+    if (base && raw::OnRange(SYS_mprotect, reinterpret_cast<Address>(base), page, PROT_NONE) == 0) {
+      stack.bytes = bytes;
+      stack.base.store(base, std::memory_order_release);
+      return &stack;
+    }
+    if (base) raw::Munmap(reinterpret_cast<Address>(base), bytes);
+    stack.base.store(nullptr);
+    return nullptr;
+  }
+  return nullptr;
+}
+void DropStack(OwnStack* stack) {
+  raw::Munmap(reinterpret_cast<Address>(stack->base.load()), stack->bytes);
+  stack->base.store(nullptr, std::memory_order_release);
+}
+
 }  // namespace
 
 const char* WhyNoThread(int error) {
@@ -70,16 +106,29 @@ int StartThread(pthread_t* thread, void* (*body)(void*), void* argument) {
   pthread_sigmask(SIG_SETMASK, &all, &old);
   pthread_attr_t attributes;
   pthread_attr_init(&attributes);
-  pthread_attr_setstacksize(&attributes, kStackBytes + ThreadVariableBytes());
+  const std::size_t bytes = kStackBytes + ThreadVariableBytes();  // whole units of own memory
+  OwnStack* const stack = MakeStack(bytes);
+  if (stack) {
+    pthread_attr_setstack(&attributes, static_cast<char*>(stack->base.load()) + SystemPageSize(), bytes - SystemPageSize());
+  } else {
+    pthread_attr_setstacksize(&attributes, bytes);
+  }
   pthread_attr_setinheritsched(&attributes, PTHREAD_EXPLICIT_SCHED);
   pthread_attr_setschedpolicy(&attributes, SCHED_OTHER);
   const int error = pthread_create(thread, &attributes, body, argument);
   pthread_attr_destroy(&attributes);
+  if (stack && error) DropStack(stack);
+  if (stack && !error) stack->thread = *thread;
   pthread_sigmask(SIG_SETMASK, &old, nullptr);
   return -error;
 }
 
-void JoinThread(pthread_t thread) { pthread_join(thread, nullptr); }
+void JoinThread(pthread_t thread) {
+  pthread_join(thread, nullptr);
+  for (OwnStack& stack : g_stacks) {
+    if (stack.base.load(std::memory_order_acquire) && pthread_equal(stack.thread, thread)) return DropStack(&stack);
+  }
+}
 
 void NameThisThread(const char* name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
 

@@ -5,13 +5,13 @@
 #include <cerrno>
 
 #include "api/shim.h"
-#include "os/text.h"
-#include "os/uapi.h"
+#include "os/thread.h"
 #include "preload/auto.h"
 #include "preload/config.h"
 #include "preload/memory.h"
 #include "preload/next.h"
 #include "preload/own_pidfd.h"
+#include "preload/program.h"
 #include "preload/regions.h"
 #include "preload/seen.h"
 
@@ -22,7 +22,7 @@ using os::raw::Direct;
 
 // Headers older than the kernel.
 constexpr int kMadvCollapse = 25, kMadvDontneedLocked = 24, kMadvGuardInstall = 102, kMadvGuardRemove = 103;
-constexpr long kPage = 4096;
+const size_t kPage = os::SystemPageSize();
 
 long Kernel(void* at, size_t bytes, int advice) {
   const int saved = errno;
@@ -30,7 +30,7 @@ long Kernel(void* at, size_t bytes, int advice) {
   errno = saved;
   return result;
 }
-Span SpanOf(void* at, size_t bytes) { return {reinterpret_cast<Address>(at), (bytes + kPage - 1) & ~size_t{kPage - 1}}; }
+Span SpanOf(void* at, size_t bytes) { return {reinterpret_cast<Address>(at), (bytes + kPage - 1) & ~(kPage - 1)}; }
 
 long Mergeable(void* at, size_t bytes) {
   // Where the library cannot work, the kernel's own KSM gets the advice, as without the shim.
@@ -66,8 +66,19 @@ long Discard(void* at, size_t bytes, int advice) {
   const bool raw = ksmushim_state() == KSMU_SHIM_RUNNING && ksmushim_raw_discards_are_exact();
   if (raw) {
     const long result = Kernel(at, bytes, advice);
-    // Pages of frames cannot be freed lazily: they are discarded now.
     if (result != -EINVAL || advice != MADV_FREE) return result;
+    // Pages of frames cannot be freed lazily: they are discarded now, and what is not ours is the kernel's.
+    const Span span = SpanOf(at, bytes);
+    Address next = span.start, done = span.start;
+    Span part;
+    for (int flags; NextRegion(span, &next, &part, &flags); done = part.end()) {
+      if (done < part.start) {
+        if (const long error = Kernel(reinterpret_cast<void*>(done), part.start - done, advice)) return error;
+      }
+      if (const int error = ksmushim_discard(reinterpret_cast<void*>(part.start), part.bytes)) return error;
+    }
+    if (done == span.start) return ksmushim_is_plain(at, bytes) ? ksmushim_discard(at, bytes) : result;
+    return done < span.end() ? Kernel(reinterpret_cast<void*>(done), span.end() - done, advice) : 0;
   } else if (advice == kMadvDontneedLocked) {
     return Kernel(at, bytes, advice);  // locked memory is not merged
   }
@@ -152,7 +163,8 @@ long DoProcessMadvise(int pidfd, const void* vectors, size_t count, int advice, 
   if (const long refused = Direct(SYS_process_madvise, pidfd, reinterpret_cast<long>(&nothing), 0, advice, 0); refused < 0) return refused;
   long done = 0;
   for (size_t i = 0; i < count; ++i) {
-    const iovec& part = static_cast<const iovec*>(vectors)[i];
+    iovec part;
+    if (!ReadProgram(static_cast<const iovec*>(vectors) + i, &part, sizeof part)) return done ? done : -EFAULT;
     const long result = DoMadvise(part.iov_base, part.iov_len, advice);
     if (result < 0) return done ? done : result;
     done += static_cast<long>(part.iov_len);

@@ -61,8 +61,8 @@ std::int64_t AdviseSeen() {
   }
   while (g_seen.Take(g_config.auto_min, now - kSettleNs, &span, &waiting)) {
     const int error = ksmushim_advise(reinterpret_cast<void*>(span.start), span.bytes, DefaultAdvice());
-    if (error && error != -ENOMEM) Log("%p, %zu bytes: not merged automatically: %s", reinterpret_cast<void*>(span.start), span.bytes, strerrordesc_np(-error));
     g_seen.Done(span, error == 0 || error == -ENOMEM ? Seen::kAdvised : Seen::kRefused);
+    if (error && error != -ENOMEM) Log("%p, %zu bytes: not merged automatically: %s", reinterpret_cast<void*>(span.start), span.bytes, strerrordesc_np(-error));
   }
   return waiting ? static_cast<std::int64_t>(kSettleNs) : -1;
 }

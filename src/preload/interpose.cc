@@ -4,6 +4,7 @@
 #include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -20,6 +21,7 @@
 #include "preload/config.h"
 #include "preload/memory.h"
 #include "preload/next.h"
+#include "preload/program.h"
 #include "preload/regions.h"
 #include "preload/seen.h"
 
@@ -58,7 +60,8 @@ long DoPrctl(int option, unsigned long a, unsigned long b, unsigned long c, unsi
       if (a || b || c || d) return -EINVAL;
       return MemoryMerge() ? 1 : kernel();
     case PR_SET_SECCOMP:
-      return WithoutMerges(kernel);
+      // The strict mode allows nothing afterwards, not even to go on.
+      return a == 1 ? kernel() : WithoutMerges(kernel);
     default:
       return kernel();
   }
@@ -70,8 +73,7 @@ long DoRegister(int fd, uffdio_register* request) {
   const auto kernel = [&] { return Direct(SYS_ioctl, fd, static_cast<long>(UFFDIO_REGISTER), L(request)); };
   uffdio_register copy;
   // What cannot be read is the kernel's to complain about.
-  const struct { const void* base; size_t length; } from{request, sizeof copy}, to{&copy, sizeof copy};
-  if (Direct(SYS_process_vm_readv, Direct(SYS_getpid), L(&to), 1, L(&from), 1, 0) != static_cast<long>(sizeof copy)) return kernel();
+  if (!ReadProgram(request, &copy, sizeof copy)) return kernel();
   if (!Concerns(reinterpret_cast<void*>(copy.range.start), copy.range.len)) return kernel();
   TakenOut regions({copy.range.start, copy.range.len}, true);
   const long result = kernel();
@@ -93,6 +95,34 @@ long DoShmat(int id, const void* at, int flags) {
   }
   return Direct(SYS_shmat, id, L(at), flags);
 }
+
+// A child with memory of its own, made by a call of which libc knows nothing: `make` answers 0 in it.
+template <typename Make>
+long RawChild(Make&& make) {
+  if (!Active()) return make();
+  const bool held = ksmushim_state() == KSMU_SHIM_RUNNING && ksmushim_fork_prepare();
+  const long pid = make();
+  if (pid == 0) {
+    ksmushim_raw_child();
+    AutoInChild();
+  } else if (held) {
+    ksmushim_fork_parent();
+  }
+  return pid;
+}
+
+struct CloneStart {
+  int (*run)(void*);
+  void* argument;
+};
+int StartOfClone(void* start) {
+  const CloneStart copy = *static_cast<CloneStart*>(start);
+  ksmushim_raw_child();
+  AutoInChild();
+  return copy.run(copy.argument);
+}
+
+bool SharesMemory(unsigned long flags) { return flags & CLONE_VM; }
 
 }  // namespace
 
@@ -175,19 +205,22 @@ KSMU_EXPORT int pthread_attr_setstack(pthread_attr_t* attributes, void* at, size
 
 // fork without its handlers.
 KSMU_EXPORT pid_t _Fork() noexcept {
-  const auto plain = [] { return g_next._Fork ? g_next._Fork() : static_cast<pid_t>(Answer(Direct(SYS_fork))); };
-  if (!Active() || !ksmushim_fork_prepare()) return plain();
+  const auto plain = [] { return g_next._Fork ? g_next._Fork() : static_cast<pid_t>(Answer(Direct(SYS_clone, SIGCHLD))); };
+  if (!Active()) return plain();
+  const int saved = errno;
+  const bool held = ksmushim_fork_prepare();
   const pid_t pid = plain();
   if (pid == 0) {
     ksmushim_fork_child();
     AutoInChild();
-  } else {
+  } else if (held) {
     ksmushim_fork_parent();
   }
+  if (pid >= 0) errno = saved;
   return pid;
 }
 
-// A child with memory of its own is made without handlers, too. What it runs never comes back here.
+// A child with memory of its own is made without handlers, too.
 KSMU_EXPORT int clone(int (*run)(void*), void* stack, int flags, void* argument, ...) noexcept {
   va_list arguments;
   va_start(arguments, argument);
@@ -199,9 +232,13 @@ KSMU_EXPORT int clone(int (*run)(void*), void* stack, int flags, void* argument,
     errno = ENOSYS;
     return -1;
   }
-  const bool apart = Active() && !(flags & CLONE_VM) && ksmushim_state() == KSMU_SHIM_RUNNING && ksmushim_fork_prepare();
-  const int pid = g_next.clone(run, stack, flags, argument, parent_tid, tls, child_tid);
-  if (apart) ksmushim_fork_parent();
+  if (!Active() || SharesMemory(static_cast<unsigned long>(flags))) {
+    return g_next.clone(run, stack, flags, argument, parent_tid, tls, child_tid);
+  }
+  const bool held = ksmushim_state() == KSMU_SHIM_RUNNING && ksmushim_fork_prepare();
+  CloneStart start{run, argument};
+  const int pid = g_next.clone(&StartOfClone, stack, flags, &start, parent_tid, tls, child_tid);
+  if (held) ksmushim_fork_parent();
   return pid;
 }
 
@@ -235,6 +272,17 @@ KSMU_EXPORT long syscall(long number, ...) noexcept {
       return Answer(DoPrctl(n(0), static_cast<unsigned long>(a[1]), static_cast<unsigned long>(a[2]),
                             static_cast<unsigned long>(a[3]), static_cast<unsigned long>(a[4])));
     case SYS_seccomp: return Answer(WithoutMerges([&] { return Direct(SYS_seccomp, a[0], a[1], a[2]); }));
+#ifdef SYS_fork
+    case SYS_fork: return Answer(RawChild([] { return Direct(SYS_fork); }));
+#endif
+    case SYS_clone:
+      if (SharesMemory(static_cast<unsigned long>(a[0]))) return Answer(Direct(number, a[0], a[1], a[2], a[3], a[4], a[5]));
+      return Answer(RawChild([&] { return Direct(SYS_clone, a[0], a[1], a[2], a[3], a[4]); }));
+    case SYS_clone3: {
+      unsigned long flags;
+      if (!ReadProgram(at, &flags, sizeof flags) || SharesMemory(flags)) return Answer(Direct(number, a[0], a[1], a[2], a[3], a[4], a[5]));
+      return Answer(RawChild([&] { return Direct(SYS_clone3, a[0], a[1]); }));
+    }
     case SYS_ioctl:
       if (static_cast<unsigned long>(a[1]) == UFFDIO_REGISTER && Active()) {
         return Answer(DoRegister(n(0), reinterpret_cast<uffdio_register*>(a[2])));

@@ -71,14 +71,17 @@ void Load() {
     g_config.active = false;
     return;
   }
-  pthread_atfork(nullptr, nullptr, &ResetInChild);
   Log("loaded%s", g_config.automatic ? ", merging automatically" : "");
   StartAuto();
   WakeAuto();
 }
 
 // Before any other object's (-z initfirst): there is nothing yet but what the loader itself needs.
-__attribute__((constructor)) void Begin() { ksmushim_begin(&Load); }
+// The child handlers are the first to run, the prepare handlers the last.
+__attribute__((constructor)) void Begin() {
+  ksmushim_begin(&Load);
+  pthread_atfork(nullptr, nullptr, &ResetInChild);
+}
 
 __attribute__((destructor)) void Unload() {
   if (g_config.active) WriteStats();

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "api/shim.h"
+#include "os/thread.h"
 #include "preload/auto.h"
 #include "preload/config.h"
 #include "preload/next.h"
@@ -19,10 +20,10 @@ namespace {
 
 using os::raw::Direct;
 
-constexpr long kPage = 4096;  // the least that Linux has; rounding up further is the kernel's
+const long kPage = static_cast<long>(os::SystemPageSize());
 long L(const void* p) { return reinterpret_cast<long>(p); }
 
-Span SpanOf(const void* start, size_t bytes) { return {reinterpret_cast<Address>(start), (bytes + kPage - 1) & ~size_t{kPage - 1}}; }
+Span SpanOf(const void* start, size_t bytes) { return {reinterpret_cast<Address>(start), (bytes + static_cast<size_t>(kPage) - 1) & ~(static_cast<size_t>(kPage) - 1)}; }
 
 // The result of one of libc's functions as that of a system call.
 long Result(long result) {
@@ -51,7 +52,6 @@ long DoMmap(void* at, size_t bytes, int prot, int flags, int fd, off_t offset) {
     if (Concerns(at, bytes)) {
       // A range that is not to be replaced after all is what it was.
       TakenOut regions(span, false);
-      if (ksmushim_state() == KSMU_SHIM_DORMANT) ksmushim_forget(at, bytes);
       result = Result(L(NextMmap(at, bytes, prot, flags, fd, offset)));
       if (result < 0 && result >= -4095) regions.PutBack();
     } else {
@@ -74,11 +74,9 @@ long DoMunmap(void* at, size_t bytes) {
   g_seen.Remove(SpanOf(at, bytes));
   ForgetLocked(SpanOf(at, bytes));
   if (!Concerns(at, bytes)) return Result(NextMunmap(at, bytes));
-  switch (ksmushim_state()) {
-    case KSMU_SHIM_RUNNING: return Result(ksmu_unmap(at, bytes));
-    case KSMU_SHIM_DORMANT: ksmushim_forget(at, bytes); break;
-    default: break;
-  }
+  // In a child whose engine sleeps, or is just waking. After it the state is asked for anew.
+  ksmushim_forget(at, bytes);
+  if (ksmushim_state() == KSMU_SHIM_RUNNING) return Result(ksmu_unmap(at, bytes));
   return Result(NextMunmap(at, bytes));
 }
 
@@ -87,7 +85,8 @@ namespace {
 // Memory that was merged once can be several mappings, and the kernel moves or grows one at a time only (EFAULT). Then the
 // bytes move instead. `from` is plain by now.
 long MoveByCopying(Span from, size_t new_bytes, int flags, void* to) {
-  if (!(flags & MREMAP_MAYMOVE)) return -EFAULT;
+  // Only what was one mapping before it was merged: anything else is an error of the program's.
+  if (!(flags & MREMAP_MAYMOVE) || !ksmushim_is_plain(reinterpret_cast<void*>(from.start), from.bytes)) return -EFAULT;
   const int fixed = flags & MREMAP_FIXED ? MAP_FIXED : 0;
   const long made = Direct(SYS_mmap, fixed ? L(to) : 0, static_cast<long>(new_bytes), PROT_READ | PROT_WRITE,
                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
@@ -120,51 +119,57 @@ long MoveByCopying(Span from, size_t new_bytes, int flags, void* to) {
 
 long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
   const auto plain = [&] { return Result(L(NextMremap(from, bytes, new_bytes, flags, to))); };
-  if (!Active() || bytes == 0 || new_bytes == 0) return plain();
+  const bool sound = L(from) % kPage == 0 && !(flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP));
+  if (!Active() || new_bytes == 0 || !sound) return plain();
   const Span old = SpanOf(from, bytes);
   const size_t rounded = SpanOf(nullptr, new_bytes).bytes;
   const bool placed = flags & MREMAP_FIXED;
-  const bool concerns = Concerns(from, bytes), overwrites = placed && Concerns(to, new_bytes);
-  if (placed) g_seen.Remove(SpanOf(to, new_bytes));
+  // Before its addresses are given up, and after what is in hand with them: nobody advises them from here on.
+  const Seen::State known = bytes ? g_seen.TakeOut(old) : Seen::kRefused;
+  const auto keep = [&](long result) {
+    if (known != Seen::kUnknown && bytes) g_seen.Add(old, known);
+    return result;
+  };
+  if (placed) {
+    g_seen.Remove(SpanOf(to, new_bytes));
+    ForgetLocked(SpanOf(to, new_bytes));
+  }
+  const bool concerns = bytes && Concerns(from, bytes), overwrites = placed && Concerns(to, new_bytes);
+  const auto failed = [](long result) { return result < 0 && result >= -4095; };
   const auto follow = [&](long result) {
-    if (result < 0 && result >= -4095) return;
+    if (failed(result)) return;
     const auto start = static_cast<Address>(result);
-    if (start != old.start) {
-      g_seen.Move(old, {start, rounded});
-      if (flags & MREMAP_DONTUNMAP) g_seen.Add(old, Seen::kRefused);
-    } else if (rounded < old.bytes) {
-      g_seen.Remove({old.start + rounded, old.bytes - rounded});
-    } else if (rounded > old.bytes) {
-      g_seen.Move(old, {start, rounded});
-    }
+    ForgetLocked(old);
+    if (known != Seen::kUnknown && bytes) g_seen.Add({start, rounded}, known);
+    if (flags & MREMAP_DONTUNMAP) g_seen.Add(old, Seen::kRefused);
     WakeAuto();
   };
   if (!concerns && !overwrites) {
     const long result = plain();
+    if (failed(result)) return keep(result);
     follow(result);
     return result;
   }
   if (!placed && !(flags & MREMAP_DONTUNMAP) && rounded <= old.bytes) {
-    // Shrinking in place unmaps the rest, whatever it consists of.
+    keep(0);
+    // Shrinking in place unmaps the rest, whatever it consists of. Whether there is anything is the kernel's to say.
     if (rounded < old.bytes) {
       const long result = DoMunmap(reinterpret_cast<void*>(old.start + rounded), old.bytes - rounded);
       if (result) return result;
     }
-    return L(from);
+    return Result(L(NextMremap(from, new_bytes, new_bytes, flags, to)));
   }
-  if (ksmushim_state() == KSMU_SHIM_DORMANT) {
-    ksmushim_forget(from, bytes);
-    if (placed) ksmushim_forget(to, new_bytes);
-  }
+  const int before = errno;
   TakenOut replaced(overwrites ? SpanOf(to, new_bytes) : Span{}, false);
   TakenOut moved(old, true);
   long result = plain();
   if (result == -EFAULT) result = MoveByCopying(old, rounded, flags, to);
-  if (result < 0 && result >= -4095) {
+  if (failed(result)) {
     moved.PutBack();
     replaced.PutBack();
-    return result;
+    return keep(result);
   }
+  errno = before;
   follow(result);
   const auto start = static_cast<Address>(result);
   moved.PutBack(start - old.start, start + rounded);

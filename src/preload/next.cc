@@ -1,6 +1,9 @@
 #include "preload/next.h"
 
 #include <dlfcn.h>
+#include <gnu/libc-version.h>
+
+#include <initializer_list>
 
 #include "os/raw.h"
 
@@ -10,6 +13,7 @@ using os::raw::Direct;
 
 Next g_next;
 thread_local int t_forwarding = 0;
+bool g_next_is_libc = true;
 
 namespace {
 template <typename F>
@@ -39,6 +43,13 @@ void FindNext() {
   Find(&g_next._Fork, "_Fork");
   Find(&g_next.clone, "clone");
   Find(&g_next.setstack, "pthread_attr_setstack");
+  // libc is where a function is that nobody interposes.
+  Dl_info libc{}, next{};
+  if (!dladdr(reinterpret_cast<void*>(&gnu_get_libc_version), &libc)) return;
+  for (void* function : {reinterpret_cast<void*>(g_next.mmap), reinterpret_cast<void*>(g_next.munmap), reinterpret_cast<void*>(g_next.mremap),
+                         reinterpret_cast<void*>(g_next.mprotect), reinterpret_cast<void*>(g_next.madvise)}) {
+    g_next_is_libc &= !function || (dladdr(function, &next) && next.dli_fbase == libc.dli_fbase);
+  }
 }
 
 void* NextMmap(void* at, size_t bytes, int prot, int flags, int fd, off_t offset) {

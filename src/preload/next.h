@@ -38,12 +38,17 @@ extern Next g_next;
 
 // Set while a function behind ours is running, which may be an interposer itself and come back by another name (tcmalloc's
 // mmap makes its call by `syscall`): what it does is part of a call that is being seen to.
+// Not where what comes next is libc: a signal handler that runs on the way back from the call is then seen to like any other.
 extern thread_local int t_forwarding __attribute__((tls_model("initial-exec")));
+extern bool g_next_is_libc;
 class Forwarding {
  public:
-  Forwarding() { ++t_forwarding; }
-  ~Forwarding() { --t_forwarding; }
+  Forwarding() : counts_(!g_next_is_libc) { t_forwarding += counts_; }
+  ~Forwarding() { t_forwarding -= counts_; }
   Forwarding(const Forwarding&) = delete;
+
+ private:
+  const bool counts_;
 };
 
 void FindNext();  // by dlsym; once, from the constructor

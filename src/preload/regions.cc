@@ -35,7 +35,9 @@ bool NextRegion(Span span, Address* at, Span* part, int* flags) {
 }
 
 TakenOut::TakenOut(Span span, bool unmerge) : span_(span) {
-  if (ksmushim_state() != KSMU_SHIM_RUNNING) return;
+  // What an engine that sleeps in this child would take up when it wakes: not any more.
+  if (span.bytes) ksmushim_forget(reinterpret_cast<void*>(span.start), span.bytes);
+  if (span.bytes == 0 || ksmushim_state() != KSMU_SHIM_RUNNING) return;
   Span part;
   int flags;
   for (Address at = span.start; NextRegion(span, &at, &part, &flags);) {

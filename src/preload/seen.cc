@@ -141,19 +141,18 @@ void Seen::Set(Span span, State state, int only) {
   lock_.Release(mask);
 }
 
-void Seen::Move(Span from, Span to) {
+Seen::State Seen::TakeOut(Span span) {
   std::uint64_t mask = lock_.Acquire();
+  State state = kUnknown;
   if (count_) {
-    AwaitAdvice(from, &mask);
-    AwaitAdvice(to, &mask);
-    const std::size_t i = LowerBound(from.start);
-    const bool known = i < count_ && ranges_[i].start <= from.start;
-    const State state = known ? ranges_[i].state : kRefused;
-    Erase(from);
-    Erase(to);
-    if (known) Insert({to.start, to.end(), Now(), state});
+    AwaitAdvice(span, &mask);
+    std::size_t i = LowerBound(span.start);
+    if (i < count_ && ranges_[i].start <= span.start && ranges_[i].end >= span.end()) state = ranges_[i].state;
+    else if (i < count_ && ranges_[i].start < span.end()) state = kRefused;
+    Erase(span);
   }
   lock_.Release(mask);
+  return state;
 }
 
 bool Seen::Take(std::size_t least, std::uint64_t before, Span* out, bool* waiting) {

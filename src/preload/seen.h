@@ -21,6 +21,7 @@ class Seen {
     kWritable,  // can be merged, if anybody asks for it
     kAdvising,  // being advised by the shim's thread: nobody may unmap it just now
     kAdvised,
+    kUnknown,   // not in here
     kRefused,   // the program has said no (MADV_UNMERGEABLE), or it holds stacks or code
   };
   struct Range {
@@ -35,8 +36,8 @@ class Seen {
   void Remove(Span span);
   // Gives what is known in the span another state; with `only` nothing but ranges in that state. Waits likewise.
   void Set(Span span, State state, int only = -1);
-  // Moved along by mremap: what was known of `from` holds for `to`.
-  void Move(Span from, Span to);
+  // As Remove, and what was known: kRefused where the parts differ.
+  State TakeOut(Span span);
 
   // The next range of at least `least` bytes to be advised, writable since `before`; it is kAdvising then. False: none;
   // *waiting says whether there will be one.

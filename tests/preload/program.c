@@ -24,6 +24,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/time.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -83,7 +84,8 @@ static void say_sum(const char *what, const void *memory, size_t bytes) {
 static void merge_at_least(void *memory, size_t bytes, long least) {
   if (!g_merge) return;
   long merged = g_merge(memory, bytes);
-  if (merged < least) printf("MERGED ONLY %ld of %ld\n", merged, least);
+  /* The scanner may have been here first. */
+  if (merged < least && counter("pages_merged") < least) printf("MERGED ONLY %ld of %ld\n", merged, least);
 }
 static void merge(void *memory) { merge_at_least(memory, kBytes, kPages / 2); }
 
@@ -394,12 +396,29 @@ static void case_fork(void) {
 
 static unsigned char *g_memory;
 static int clone_child(void *expected) { return sum(g_memory, kBytes) != *(uint64_t *)expected; }
+static int forking_child(void *expected) {
+  pid_t pid = fork();
+  if (pid == 0) {
+    unsigned char *own = map(kBytes);
+    own[0] = 1;
+    munmap(own, kBytes);
+    _exit(madvise(g_memory, kPage, MADV_DONTNEED) != 0 || g_memory[0] != 0);
+  }
+  int status;
+  if (pid < 0 || waitpid(pid, &status, 0) != pid || status) return 1;
+  munmap(g_memory + 4 * kPage, 4 * kPage);
+  return sum(g_memory + 8 * kPage, kPage) != sum((unsigned char *)expected, kPage);
+}
 static void case_clone(void) {
   unsigned char *m = g_memory = merged();
   static char stack[65536] __attribute__((aligned(16)));
   uint64_t expected = sum(m, kBytes);
   int pid = clone(clone_child, stack + sizeof stack, SIGCHLD, &expected);
   say("clone", pid > 0 ? wait_for(pid) : pid);
+  static unsigned char want[4 * kPage];
+  fill(want, 4, 1);
+  pid = clone(forking_child, stack + sizeof stack, SIGCHLD, want);
+  say("clone that forks", pid > 0 ? wait_for(pid) : pid);
   pid = clone(clone_child, stack + sizeof stack, CLONE_VM | CLONE_VFORK | SIGCHLD, &expected);
   say("clone with the same memory", pid > 0 ? wait_for(pid) : pid);
   char *arguments[] = {"true", NULL}, *environment[] = {NULL};
@@ -409,7 +428,7 @@ static void case_clone(void) {
   say("system", system("exit 3"));
   fflush(stdout);
   pid = (int)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
-  if (pid == 0) _exit(sum(m, kBytes) != expected);
+  if (pid == 0) _exit(sum(m, kBytes) != expected || forking_child(want));
   say("raw clone", wait_for(pid));
   merge_at_least(m, kBytes, 0);
   say_sum("then", m, kBytes);
@@ -428,6 +447,70 @@ static void *answer(void *descriptor) {
   }
   return NULL;
 }
+/* Written since it was merged, unmergeable since then, inherited: what is discarded is zero. */
+static void case_leftovers(void) {
+  unsigned char *m = merged();
+  for (int i = 0; i < kPages; i += 2) m[i * kPage + 3] ^= 1;
+  say("unmergeable", madvise(m, kBytes, MADV_UNMERGEABLE));
+  fflush(stdout);
+  pid_t pid = fork();
+  if (pid == 0) {
+    int wrong = madvise(m, kBytes / 2, MADV_DONTNEED) != 0;
+    for (int i = 0; i < kBytes / 2; i++) wrong += m[i] != 0;
+    _exit(wrong > 100 ? 100 : wrong);
+  }
+  say("child", wait_for(pid));
+  say("free", madvise(m + kBytes / 2, kBytes / 4, MADV_FREE));
+  memset(m + kBytes / 2, 3, kBytes / 4);
+  unsigned char *grown = mremap(m, kBytes, 2 * kBytes, MREMAP_MAYMOVE);
+  say_address("grown", grown);
+  if (grown != MAP_FAILED) say_sum("then", grown, 2 * kBytes);
+}
+
+/* What the kernel refuses is refused. */
+static void case_refused(void) {
+  unsigned char *m = merged();
+  say_address("unknown flag", mremap(m, kBytes, kBytes, 8));
+  say_address("odd", mremap(m + 1, kBytes, kBytes, MREMAP_MAYMOVE));
+  say_address("over itself", mremap(m, kBytes, kBytes, MREMAP_MAYMOVE | MREMAP_FIXED, m + kPage));
+  say_sum("then", m, kBytes);
+  int self = (int)syscall(SYS_pidfd_open, getpid(), 0);
+  say("bad vector", syscall(SYS_process_madvise, self, (void *)16, 1L, MADV_DONTNEED, 0L));
+  say("bad flags", syscall(SYS_process_madvise, self, (void *)16, 1L, MADV_DONTNEED, 7L));
+  /* A region, and shared memory right behind it: not one mapping, and not to be moved as one. */
+  unsigned char *two = map(2 * kBytes);
+  fill(two, kPages, 1);
+  mmap(two + kBytes, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+  madvise(two, kBytes, MADV_MERGEABLE);
+  merge(two);
+  say_address("two mappings", mremap(two, 2 * kBytes, 3 * kBytes, MREMAP_MAYMOVE));
+  printf("readable: %d %d\n", readable(two), readable(two + kBytes));
+  say_sum("then", two, kBytes);
+}
+
+static void on_alarm(int number) { (void)number; }
+/* errno stays what it was, whatever interrupts the wait for the library. */
+static void case_errno(void) {
+  unsigned char *m = merged();
+  struct sigaction action;
+  memset(&action, 0, sizeof action);
+  action.sa_handler = on_alarm;
+  sigaction(SIGALRM, &action, NULL);
+  struct itimerval often = {{0, 200}, {0, 200}}, never = {{0, 0}, {0, 0}};
+  setitimer(ITIMER_REAL, &often, NULL);
+  int changed = 0, failed = 0;
+  for (int i = 0; i < 300; i++) {
+    errno = 4711;
+    failed += mprotect(m, kBytes, PROT_READ | PROT_WRITE) != 0;
+    failed += madvise(m, kBytes, i % 2 ? MADV_DONTDUMP : MADV_DODUMP) != 0;
+    failed += madvise(m, kPage, MADV_DONTNEED) != 0;
+    failed += munmap(map(kPage), kPage) != 0;
+    changed += errno != 4711;
+  }
+  setitimer(ITIMER_REAL, &never, NULL);
+  printf("failed %d, changed %d\n", failed, changed);
+}
+
 static void case_userfaultfd(void) {
   unsigned char *m = merged();
   int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
@@ -688,7 +771,7 @@ static const struct {
     {"collapse", case_collapse}, {"guard", case_guard},             {"dontfork", case_dontfork}, {"protect", case_protect},
     {"lock", case_lock},         {"unmap", case_unmap},             {"replace", case_replace},   {"move", case_move},
     {"unmergeable", case_unmergeable}, {"fork", case_fork},         {"clone", case_clone},       {"userfaultfd", case_userfaultfd},
-    {"syscall", case_syscall},   {"stack", case_stack},             {"memory_merge", case_memory_merge},
+    {"syscall", case_syscall}, {"leftovers", case_leftovers}, {"refused", case_refused}, {"errno", case_errno},   {"stack", case_stack},             {"memory_merge", case_memory_merge},
     {"memory_merge_inherited", case_memory_merge_inherited},        {"churn", case_churn},       {"automatic", case_automatic},
     {"is_merging", case_is_merging}, {"kernel", case_kernel},
 };
