@@ -86,8 +86,12 @@ def allocators(mallocs, shim, strict):
             continue
         orders = [("shim first", f"{shim}:{library}"), ("shim last", f"{library}:{shim}")] if library else [("alone", shim)]
         for order, preload in orders:
-            code, out, err = run([mallocs, seconds], preload, KSMU_AUTO="1", KSMU_AUTO_MIN="64K", **FLAT_OUT)
-            found = re.search(r"merged (\d+) broken (\d+) wrong (\d+)", out)
+            # What is freed again at once is not merged: on a busy machine it takes longer to come by enough.
+            for length in (seconds, "25"):
+                code, out, err = run([mallocs, length], preload, KSMU_AUTO="1", KSMU_AUTO_MIN="64K", **FLAT_OUT)
+                found = re.search(r"merged (\d+) broken (\d+) wrong (\d+)", out)
+                if code != 0 or not found or int(found[1]) >= least:
+                    break
             check(f"{name}, {order}", code == 0 and found is not None, f"status {code}: {out[-200:]} {err[-300:]}")
             if found:
                 merged_by[f"{name}, {order}"] = (int(found[1]), int(found[2]))

@@ -21,15 +21,10 @@ namespace {
 constexpr std::uint64_t kSecond = 1'000'000'000;
 // What is unmapped again within this time is not worth the advice.
 constexpr std::uint64_t kSettleNs = kSecond / 5;
-// A forked child mostly executes another program, or is gone soon.
-constexpr std::uint64_t kChildNs = kSecond;
 
 std::atomic<std::uint32_t> g_work{0};
 std::atomic<bool> g_thread_is_there{false};
 std::atomic<bool> g_gave_up{false};
-std::atomic<bool> g_in_child{false};
-std::atomic<bool> g_handler_registered{false};
-std::uint64_t g_not_before = 0;
 
 int DefaultAdvice() { return KSMU_MERGEABLE | (g_config.promise ? KSMU_F_NO_RAW_DISCARDS : 0); }
 
@@ -47,13 +42,12 @@ bool AnyIn(Seen::State state, std::size_t least) {
 std::int64_t AdviseSeen() {
   if (!g_config.automatic || g_gave_up.load(std::memory_order_relaxed)) return -1;
   const std::uint64_t now = Seen::Now();
-  if (now < g_not_before) return static_cast<std::int64_t>(g_not_before - now);
   bool waiting = false;
   Span span;
   if (ksmushim_state() != KSMU_SHIM_RUNNING) {
     // Before anything is marked as being advised: threads are started by it, and so the program's allocator is called, one of
     // whose threads may be waiting to unmap what is marked.
-    if (!AnyIn(Seen::kWritable, g_config.auto_min) && !(g_in_child && AnyIn(Seen::kAdvised, 0))) return -1;
+    if (!AnyIn(Seen::kWritable, g_config.auto_min)) return -1;
     if (StartEngine() != 0) {
       g_gave_up.store(true, std::memory_order_relaxed);
       return -1;
@@ -69,12 +63,6 @@ std::int64_t AdviseSeen() {
 
 void* AutoMain(void*) {
   os::NameThisThread("ksmu-auto");
-  if (!g_handler_registered.exchange(true)) {
-    // As late as can be: its child handler starts a thread, and so allocates, after those of the program's allocators.
-    pthread_atfork(nullptr, nullptr, [] {
-      if (g_config.active) StartAuto();
-    });
-  }
   std::uint64_t stats_at = Seen::Now() + g_config.stats_seconds * kSecond;
   for (;;) {
     const std::uint32_t seen = g_work.load(std::memory_order_acquire);
@@ -199,9 +187,9 @@ void ForgetLocked(Span span) {
 void AutoInChild() {
   g_seen.ResetInChild();
   if (g_locked_lock.ResetInChild()) g_locked_count = 0;
+  // And none is started here: that allocates, and an allocator's own child handler, which gives its locks free, may be still to
+  // come. What a child maps is not merged automatically before it executes a program.
   g_thread_is_there.store(false, std::memory_order_relaxed);
-  g_in_child.store(true, std::memory_order_relaxed);
-  g_not_before = Seen::Now() + kChildNs;
 }
 
 void WriteStats() {
