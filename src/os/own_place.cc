@@ -22,7 +22,7 @@ std::atomic<std::uintptr_t> g_lasting{0};
 std::atomic<std::uint32_t> g_passing{0};
 
 // Not the same in every process.
-std::uintptr_t Base() {
+[[maybe_unused]] std::uintptr_t Base() {
   std::uintptr_t random = 0;
   if (const unsigned long bytes = getauxval(AT_RANDOM)) {
     std::memcpy(&random, reinterpret_cast<const void*>(bytes), sizeof random);
