@@ -15,6 +15,9 @@ import subprocess
 import sys
 import tempfile
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "preload"))
+from support import environment  # noqa: E402
+
 LONG = os.environ.get("KSMU_TEST_LONG") == "1"
 passed, failed, skipped = [], [], []
 FLAT_OUT = {"KSMU_SLEEP_MILLISECS": "0", "KSMU_CPU_LIMIT_PERCENT": "100"}
@@ -31,12 +34,10 @@ def skip(name, why):
 
 
 def run(command, preload="", limit=240, **variables):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("KSMU_")}
-    environment.update({k: v for k, v in variables.items() if v is not None})
     if preload:
-        environment["LD_PRELOAD"] = preload
+        variables["LD_PRELOAD"] = preload
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=limit)
+        done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, errors="replace", timeout=limit)
     except subprocess.TimeoutExpired as e:
         return None, (e.stdout or b"").decode(errors="replace"), "it did not end"
     return done.returncode, done.stdout, done.stderr

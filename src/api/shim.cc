@@ -29,6 +29,9 @@ class SameErrno {
   const int saved_;
 };
 
+static_assert(static_cast<int>(EngineState::kNone) == KSMU_SHIM_NONE && static_cast<int>(EngineState::kRunning) == KSMU_SHIM_RUNNING &&
+              static_cast<int>(EngineState::kDormant) == KSMU_SHIM_DORMANT && static_cast<int>(EngineState::kRawChild) == KSMU_SHIM_RAW_CHILD);
+
 }  // namespace
 
 extern "C" {
@@ -49,7 +52,7 @@ int ksmushim_call(void* start, size_t length, long number, const long* arguments
   command.number = number;
   for (int i = 0; i < 6; ++i) command.arguments[i] = arguments[i];
   use.runtime()->Execute(&command);
-  if (!use.runtime() || command.result == -EAGAIN) return 0;
+  if (command.result == -EAGAIN) return 0;
   *result = static_cast<long>(command.result);
   return 1;
 }

@@ -158,8 +158,7 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
 // Memory that another userfaultfd held when it was advised: a postcopy migration, a snapshot, a collector. It becomes a
 // region when its owner has let go.
 void Engine::RetryForeign() {
-  const std::uint64_t now = system_.NowNanoseconds();
-  if (foreign_at_ == 0 || now < foreign_at_) return;
+  if (foreign_at_ == 0 || system_.NowNanoseconds() < foreign_at_) return;
   foreign_at_ = 0;
   for (std::size_t i = 0; i < excluded_.size(); ++i) {
     const Region part = excluded_[i];

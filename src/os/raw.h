@@ -73,7 +73,7 @@ inline int Mmap(std::uintptr_t at, std::size_t bytes, int prot, int flags, int f
 inline int Mremap(std::uintptr_t from, std::size_t bytes, int flags, std::uintptr_t to, std::uintptr_t* out) {
   return MapResult(Direct(SYS_mremap, static_cast<long>(from), static_cast<long>(bytes), static_cast<long>(bytes), flags, static_cast<long>(to)), out);
 }
-// Any that takes a range and one more argument: munmap, madvise, mprotect, mlock. Not repeated where `number` never says EINTR.
+// Any that takes a range and at most one more argument: munmap, madvise, mprotect, mlock. EINTR is repeated.
 inline int OnRange(long number, std::uintptr_t start, std::size_t bytes, int argument = 0) {
   return static_cast<int>(RepeatDirect([&] { return Direct(number, static_cast<long>(start), static_cast<long>(bytes), argument); }));
 }

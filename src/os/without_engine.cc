@@ -66,8 +66,6 @@ int MapForProgram(std::size_t bytes, Address* out) {
   return raw::Mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, out);
 }
 
-int UnmapWithoutEngine(Span span) {
-  return raw::Munmap(span.start, span.bytes);
-}
+int UnmapWithoutEngine(Span span) { return raw::Munmap(span.start, span.bytes); }
 
 }  // namespace ksmu::os

@@ -1,6 +1,7 @@
 // madvise and its kin. On memory that is merged the kernel answers some advice as it does for a file; what anonymous memory
 // would have answered is what the program gets.
 #include <sys/mman.h>
+#include <sys/uio.h>
 
 #include <cerrno>
 
@@ -22,7 +23,6 @@ using os::raw::Direct;
 
 // Headers older than the kernel.
 constexpr int kMadvCollapse = 25, kMadvDontneedLocked = 24, kMadvGuardInstall = 102, kMadvGuardRemove = 103;
-const size_t kPage = os::SystemPageSize();
 
 long Kernel(void* at, size_t bytes, int advice) {
   const int saved = errno;
@@ -30,14 +30,13 @@ long Kernel(void* at, size_t bytes, int advice) {
   errno = saved;
   return result;
 }
-Span SpanOf(void* at, size_t bytes) { return {reinterpret_cast<Address>(at), (bytes + kPage - 1) & ~(kPage - 1)}; }
 
 long Mergeable(void* at, size_t bytes) {
   // Where the library cannot work, the kernel's own KSM gets the advice, as without the shim.
   if (StartEngine() != 0) return Kernel(at, bytes, MADV_MERGEABLE);
   const int advice = KSMU_MERGEABLE | (g_config.promise ? KSMU_F_NO_RAW_DISCARDS : 0);
-  const int error = Advise(SpanOf(at, bytes), advice);
-  g_seen.Set(SpanOf(at, bytes), Seen::kAdvised);
+  const int error = Advise(PagesOf(at, bytes), advice);
+  g_seen.Set(PagesOf(at, bytes), Seen::kAdvised);
   switch (-error) {
     case 0: return 0;
     case EOPNOTSUPP:  // the kernel passes over what cannot be merged, and so do we
@@ -49,14 +48,14 @@ long Mergeable(void* at, size_t bytes) {
 }
 
 long Unmergeable(void* at, size_t bytes) {
-  g_seen.Set(SpanOf(at, bytes), Seen::kRefused);
-  ForgetLocked(SpanOf(at, bytes));
+  g_seen.Set(PagesOf(at, bytes), Seen::kRefused);
+  ForgetLocked(PagesOf(at, bytes));
   // The kernel's as well: it may have been told before the library could work, and knows about bad ranges.
   const long result = Kernel(at, bytes, MADV_UNMERGEABLE);
   if (result == -EINVAL || !Concerns(at, bytes)) return result;
-  if (ksmushim_state() == KSMU_SHIM_DORMANT) ksmushim_forget(at, bytes);
+  ksmushim_forget(at, bytes);
   if (ksmushim_state() != KSMU_SHIM_RUNNING) return result;
-  const int error = Advise(SpanOf(at, bytes), KSMU_UNMERGEABLE);
+  const int error = Advise(PagesOf(at, bytes), KSMU_UNMERGEABLE);
   return error == -ENOMEM || error == -EAGAIN ? error : result;
 }
 
@@ -68,7 +67,7 @@ long Discard(void* at, size_t bytes, int advice) {
     const long result = Kernel(at, bytes, advice);
     if (result != -EINVAL || advice != MADV_FREE) return result;
     // Pages of frames cannot be freed lazily: they are discarded now, and what is not ours is the kernel's.
-    const Span span = SpanOf(at, bytes);
+    const Span span = PagesOf(at, bytes);
     Address next = span.start, done = span.start;
     Span part;
     for (int flags; NextRegion(span, &next, &part, &flags); done = part.end()) {
@@ -87,7 +86,7 @@ long Discard(void* at, size_t bytes, int advice) {
 
 // The first region of the range: what lies before it is the kernel's to answer for.
 long Remove(void* at, size_t bytes) {
-  const Span span = SpanOf(at, bytes);
+  const Span span = PagesOf(at, bytes);
   Address next = span.start;
   Span part;
   int flags;
@@ -103,7 +102,7 @@ long Remove(void* at, size_t bytes) {
 long DoMadvise(void* at, size_t bytes, int advice) {
   const auto address = reinterpret_cast<Address>(at);
   // What the kernel refuses whatever is there, it refuses itself.
-  const bool sound = address % kPage == 0 && address + bytes >= address;
+  const bool sound = address % os::SystemPageSize() == 0 && address + bytes >= address;
   if (!Active() || !sound || bytes == 0) return Kernel(at, bytes, advice);
   if (advice == MADV_MERGEABLE) return Mergeable(at, bytes);
   if (advice == MADV_UNMERGEABLE) return Unmergeable(at, bytes);
@@ -119,17 +118,17 @@ long DoMadvise(void* at, size_t bytes, int advice) {
     case kMadvCollapse:
     case kMadvGuardRemove: {
       // Not for frames' mappings, and not while every page is watched: plain memory meanwhile.
-      TakenOut regions(SpanOf(at, bytes), true);
+      TakenOut regions(PagesOf(at, bytes), true);
       const long result = Kernel(at, bytes, advice);
       regions.PutBack();
       return result;
     }
     case kMadvGuardInstall: {
       // Never on a merged page (it does not return); a guarded range is not merged from now on.
-      TakenOut regions(SpanOf(at, bytes), true);
+      TakenOut regions(PagesOf(at, bytes), true);
       const long result = Kernel(at, bytes, advice);
       if (result) regions.PutBack();
-      else g_seen.Set(SpanOf(at, bytes), Seen::kRefused);
+      else g_seen.Set(PagesOf(at, bytes), Seen::kRefused);
       return result;
     }
     case MADV_DONTFORK:

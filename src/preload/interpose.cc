@@ -85,11 +85,11 @@ long DoShmat(int id, const void* at, int flags) {
   if (Active() && (flags & SHM_REMAP) && at) {
     shmid_ds about;
     if (shmctl(id, IPC_STAT, &about) == 0) {
-      const Span span{reinterpret_cast<Address>(at), (about.shm_segsz + 4095) & ~size_t{4095}};
+      const Span span = PagesOf(at, about.shm_segsz);
       g_seen.Remove(span);
       TakenOut regions(Concerns(at, span.bytes) ? span : Span{}, false);
       const long result = Direct(SYS_shmat, id, L(at), flags);
-      if (result < 0 && result >= -4095) regions.PutBack();
+      if (Failed(result)) regions.PutBack();
       return result;
     }
   }

@@ -20,10 +20,7 @@ namespace {
 
 using os::raw::Direct;
 
-const long kPage = static_cast<long>(os::SystemPageSize());
 long L(const void* p) { return reinterpret_cast<long>(p); }
-
-Span SpanOf(const void* start, size_t bytes) { return {reinterpret_cast<Address>(start), (bytes + static_cast<size_t>(kPage) - 1) & ~(static_cast<size_t>(kPage) - 1)}; }
 
 // The result of one of libc's functions as that of a system call.
 long Result(long result) {
@@ -44,24 +41,18 @@ Seen::State StateFor(int prot) {
 long DoMmap(void* at, size_t bytes, int prot, int flags, int fd, off_t offset) {
   if (!Active()) return Result(L(NextMmap(at, bytes, prot, flags, fd, offset)));
   const bool replaces = (flags & MAP_FIXED) && (flags & MAP_FIXED_NOREPLACE) != MAP_FIXED_NOREPLACE;
-  long result;
-  if (replaces && bytes) {
-    const Span span = SpanOf(at, bytes);
-    g_seen.Remove(span);
-    ForgetLocked(span);
-    if (Concerns(at, bytes)) {
-      // A range that is not to be replaced after all is what it was.
-      TakenOut regions(span, false);
-      result = Result(L(NextMmap(at, bytes, prot, flags, fd, offset)));
-      if (result < 0 && result >= -4095) regions.PutBack();
-    } else {
-      result = Result(L(NextMmap(at, bytes, prot, flags, fd, offset)));
-    }
-  } else {
-    result = Result(L(NextMmap(at, bytes, prot, flags, fd, offset)));
+  const Span replaced = replaces ? PagesOf(at, bytes) : Span{};
+  if (replaced.bytes) {
+    g_seen.Remove(replaced);
+    ForgetLocked(replaced);
   }
-  if (result < 0 && result >= -4095) return result;
-  const Span made = SpanOf(reinterpret_cast<void*>(result), bytes);
+  TakenOut regions(replaced.bytes && Concerns(at, bytes) ? replaced : Span{}, false);
+  const long result = Result(L(NextMmap(at, bytes, prot, flags, fd, offset)));
+  if (Failed(result)) {
+    regions.PutBack();  // a range that is not to be replaced after all is what it was
+    return result;
+  }
+  const Span made = PagesOf(reinterpret_cast<void*>(result), bytes);
   if (Mergeable(flags)) {
     g_seen.Add(made, StateFor(prot));
     if (prot & PROT_WRITE) WakeAuto();
@@ -71,8 +62,8 @@ long DoMmap(void* at, size_t bytes, int prot, int flags, int fd, off_t offset) {
 
 long DoMunmap(void* at, size_t bytes) {
   if (!Active() || bytes == 0) return Result(NextMunmap(at, bytes));
-  g_seen.Remove(SpanOf(at, bytes));
-  ForgetLocked(SpanOf(at, bytes));
+  g_seen.Remove(PagesOf(at, bytes));
+  ForgetLocked(PagesOf(at, bytes));
   if (!Concerns(at, bytes)) return Result(NextMunmap(at, bytes));
   // In a child whose engine sleeps, or is just waking. After it the state is asked for anew.
   ksmushim_forget(at, bytes);
@@ -90,7 +81,7 @@ long MoveByCopying(Span from, size_t new_bytes, int flags, void* to) {
   const int fixed = flags & MREMAP_FIXED ? MAP_FIXED : 0;
   const long made = Direct(SYS_mmap, fixed ? L(to) : 0, static_cast<long>(new_bytes), PROT_READ | PROT_WRITE,
                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
-  if (made < 0 && made >= -4095) return made;
+  if (Failed(made)) return made;
   // By the kernel: what cannot be read is an error here, and no signal. Holes and untouched pages read as zeros.
   const size_t bytes = from.bytes < new_bytes ? from.bytes : new_bytes;
   struct { long base; size_t length; } local{static_cast<long>(from.start), 0}, remote{made, 0};
@@ -109,7 +100,7 @@ long MoveByCopying(Span from, size_t new_bytes, int flags, void* to) {
     // What stays behind is empty.
     const long left = Direct(SYS_mmap, static_cast<long>(from.start), static_cast<long>(from.bytes), PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-    return left < 0 && left >= -4095 ? left : made;
+    return Failed(left) ? left : made;
   }
   Direct(SYS_munmap, static_cast<long>(from.start), static_cast<long>(from.bytes));
   return made;
@@ -119,10 +110,10 @@ long MoveByCopying(Span from, size_t new_bytes, int flags, void* to) {
 
 long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
   const auto plain = [&] { return Result(L(NextMremap(from, bytes, new_bytes, flags, to))); };
-  const bool sound = L(from) % kPage == 0 && !(flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP));
+  const bool sound = reinterpret_cast<Address>(from) % os::SystemPageSize() == 0 && !(flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP));
   if (!Active() || new_bytes == 0 || !sound) return plain();
-  const Span old = SpanOf(from, bytes);
-  const size_t rounded = SpanOf(nullptr, new_bytes).bytes;
+  const Span old = PagesOf(from, bytes);
+  const size_t rounded = PagesOf(nullptr, new_bytes).bytes;
   const bool placed = flags & MREMAP_FIXED;
   // Before its addresses are given up, and after what is in hand with them: nobody advises them from here on.
   const Seen::State known = bytes ? g_seen.TakeOut(old) : Seen::kRefused;
@@ -131,13 +122,12 @@ long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
     return result;
   };
   if (placed) {
-    g_seen.Remove(SpanOf(to, new_bytes));
-    ForgetLocked(SpanOf(to, new_bytes));
+    g_seen.Remove(PagesOf(to, new_bytes));
+    ForgetLocked(PagesOf(to, new_bytes));
   }
   const bool concerns = bytes && Concerns(from, bytes), overwrites = placed && Concerns(to, new_bytes);
-  const auto failed = [](long result) { return result < 0 && result >= -4095; };
   const auto follow = [&](long result) {
-    if (failed(result)) return;
+    if (Failed(result)) return;
     const auto start = static_cast<Address>(result);
     ForgetLocked(old);
     if (known != Seen::kUnknown && bytes) g_seen.Add({start, rounded}, known);
@@ -146,7 +136,7 @@ long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
   };
   if (!concerns && !overwrites) {
     const long result = plain();
-    if (failed(result)) return keep(result);
+    if (Failed(result)) return keep(result);
     follow(result);
     return result;
   }
@@ -160,11 +150,11 @@ long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
     return Result(L(NextMremap(from, new_bytes, new_bytes, flags, to)));
   }
   const int before = errno;
-  TakenOut replaced(overwrites ? SpanOf(to, new_bytes) : Span{}, false);
+  TakenOut replaced(overwrites ? PagesOf(to, new_bytes) : Span{}, false);
   TakenOut moved(old, true);
   long result = plain();
   if (result == -EFAULT) result = MoveByCopying(old, rounded, flags, to);
-  if (failed(result)) {
+  if (Failed(result)) {
     moved.PutBack();
     replaced.PutBack();
     return keep(result);
@@ -185,7 +175,7 @@ long DoMprotect(void* at, size_t bytes, int prot, int key, bool with_key) {
     result = plain();
   } else if (prot & PROT_EXEC) {
     // Code is not merged; and pages of frames are not to be executed.
-    TakenOut code(SpanOf(at, bytes), true);
+    TakenOut code(PagesOf(at, bytes), true);
     result = plain();
     if (result) code.PutBack();
   } else {
@@ -195,9 +185,9 @@ long DoMprotect(void* at, size_t bytes, int prot, int key, bool with_key) {
   }
   if (result == 0 && !(prot & ~(PROT_READ | PROT_WRITE | PROT_EXEC))) {
     if (prot & PROT_EXEC) {
-      g_seen.Set(SpanOf(at, bytes), Seen::kRefused);
+      g_seen.Set(PagesOf(at, bytes), Seen::kRefused);
     } else if (prot & PROT_WRITE) {
-      g_seen.Set(SpanOf(at, bytes), Seen::kWritable, Seen::kPlain);
+      g_seen.Set(PagesOf(at, bytes), Seen::kWritable, Seen::kPlain);
       WakeAuto();
     }
   }
@@ -208,7 +198,7 @@ long DoMprotect(void* at, size_t bytes, int prot, int key, bool with_key) {
 // the moment, and becomes one again when it is unlocked.
 long DoLock(long number, long a, long b, long c) {
   const bool all = number == SYS_mlockall;
-  const Span span = all ? Span{0, Address{1} << 48} : SpanOf(reinterpret_cast<void*>(a), static_cast<size_t>(b));
+  const Span span = all ? Span{0, Address{1} << 48} : PagesOf(reinterpret_cast<void*>(a), static_cast<size_t>(b));
   const auto plain = [&] { return Direct(number, a, b, c); };
   // MCL_FUTURE alone locks nothing that is there.
   if (!Active() || (all && !(a & MCL_CURRENT)) || (!all && !Concerns(reinterpret_cast<void*>(a), static_cast<size_t>(b)))) {
@@ -225,7 +215,7 @@ long DoUnlock(long number, long a, long b) {
   const long result = Direct(number, a, b);
   if (result || !Active() || ksmushim_state() != KSMU_SHIM_RUNNING) return result;
   const bool all = number == SYS_munlockall;
-  const Span span = all ? Span{0, Address{1} << 48} : SpanOf(reinterpret_cast<void*>(a), static_cast<size_t>(b));
+  const Span span = all ? Span{0, Address{1} << 48} : PagesOf(reinterpret_cast<void*>(a), static_cast<size_t>(b));
   ReadviseUnlocked(span);
   return result;
 }
@@ -237,7 +227,7 @@ long DoOnRange(long number, const long* arguments) {
   void* const at = reinterpret_cast<void*>(arguments[0]);
   const auto bytes = static_cast<size_t>(arguments[1]);
   if (!Concerns(at, bytes)) return plain();
-  TakenOut regions(SpanOf(at, bytes), true);
+  TakenOut regions(PagesOf(at, bytes), true);
   const long result = plain();
   regions.PutBack();
   return result;

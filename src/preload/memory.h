@@ -8,11 +8,10 @@
 
 namespace ksmu::preload {
 
-// `next`: by the next object's function, not by the kernel itself (for callers who used a function of libc).
 long DoMmap(void* at, size_t bytes, int prot, int flags, int fd, off_t offset);
 long DoMunmap(void* at, size_t bytes);
 long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to);
-// key < 0: mprotect
+// mprotect; `with_key`: pkey_mprotect
 long DoMprotect(void* at, size_t bytes, int prot, int key, bool with_key);
 long DoMadvise(void* at, size_t bytes, int advice);
 long DoProcessMadvise(int pidfd, const void* vectors, size_t count, int advice, unsigned flags);

@@ -31,14 +31,6 @@ void FindNext() {
   Find(&g_next.pkey_mprotect, "pkey_mprotect");
   Find(&g_next.madvise, "madvise");
   Find(&g_next.posix_madvise, "posix_madvise");
-  Find(&g_next.process_madvise, "process_madvise");
-  Find(&g_next.mlock, "mlock");
-  Find(&g_next.mlock2, "mlock2");
-  Find(&g_next.mlockall, "mlockall");
-  Find(&g_next.munlock, "munlock");
-  Find(&g_next.munlockall, "munlockall");
-  Find(&g_next.shmat, "shmat");
-  Find(&g_next.prctl, "prctl");
   Find(&g_next.ioctl, "ioctl");
   Find(&g_next._Fork, "_Fork");
   Find(&g_next.clone, "clone");

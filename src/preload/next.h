@@ -1,10 +1,10 @@
 // The functions behind ours: those of the next object in the program's search order (libc's, as a rule; an allocator's or a
-// profiler's own interposition where there is one). Until the shim has been initialised, the kernel itself.
+// profiler's own interposition where there is one). Until the shim has been initialised, the kernel itself; so also for
+// what nobody is known to interpose (locks, prctl, shmat, process_madvise).
 #pragma once
 
 #include <pthread.h>
 #include <sys/types.h>
-#include <sys/uio.h>
 
 #include <cerrno>
 #include <cstddef>
@@ -21,14 +21,6 @@ struct Next {
   int (*pkey_mprotect)(void*, size_t, int, int);
   int (*madvise)(void*, size_t, int);
   int (*posix_madvise)(void*, size_t, int);
-  ssize_t (*process_madvise)(int, const iovec*, size_t, int, unsigned);
-  int (*mlock)(const void*, size_t);
-  int (*mlock2)(const void*, size_t, unsigned);
-  int (*mlockall)(int);
-  int (*munlock)(const void*, size_t);
-  int (*munlockall)();
-  void* (*shmat)(int, const void*, int);
-  int (*prctl)(int, unsigned long, unsigned long, unsigned long, unsigned long);
   int (*ioctl)(int, unsigned long, void*);
   pid_t (*_Fork)();
   int (*clone)(int (*)(void*), void*, int, void*, ...);
@@ -53,9 +45,11 @@ class Forwarding {
 
 void FindNext();  // by dlsym; once, from the constructor
 
+// Of the result of a system call, which may be an address.
+inline bool Failed(long result) { return result < 0 && result >= -4095; }
 // -errno results as the C library gives them.
 inline long Answer(long result) {
-  if (result >= 0 || result < -4095) return result;
+  if (!Failed(result)) return result;
   errno = static_cast<int>(-result);
   return -1;
 }

@@ -5,9 +5,15 @@
 
 #include "api/shim.h"
 #include "base/own_memory.h"
+#include "os/thread.h"
 #include "preload/next.h"
 
 namespace ksmu::preload {
+
+Span PagesOf(const void* start, size_t length) {
+  static const size_t page = os::SystemPageSize();
+  return {reinterpret_cast<Address>(start), (length + page - 1) & ~(page - 1)};
+}
 
 bool Concerns(const void* start, size_t length) { return Active() && ksmushim_may_hold(start, length); }
 

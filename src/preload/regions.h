@@ -12,6 +12,9 @@ namespace ksmu::preload {
 using os::Address;
 using os::Span;
 
+// Whole pages, as the kernel rounds.
+Span PagesOf(const void* start, size_t length);
+
 // Whether a call on the range concerns the library at all. Costs two loads where it does not.
 bool Concerns(const void* start, size_t length);
 

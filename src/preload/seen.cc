@@ -39,7 +39,6 @@ bool Seen::Erase(Span span) {
     if (cut.end > span.end()) {
       if (count_ == kCapacity) {
         // The tail is forgotten: it is not merged automatically.
-        full_ = true;
         cut.end = span.start;
         return false;
       }
@@ -82,9 +81,7 @@ void Seen::Insert(const Range& range) {
     std::memmove(ranges_ + i + 1, ranges_ + i, (count_ - i) * sizeof(Range));
     ranges_[i] = range;
     ++count_;
-  } else {
-    full_ = true;
-  }
+  }  // else it is not known, and not merged automatically
 }
 
 // The thread that advises holds no lock and allocates nothing meanwhile: it takes no longer than the library's scanner does.

@@ -56,7 +56,6 @@ class Seen {
     for (Span span; NextIn(state, at, &span); at = span.end()) each(span);
   }
 
-  std::size_t size() const { return count_; }
   static std::uint64_t Now();
 
  private:
@@ -72,7 +71,6 @@ class Seen {
   std::atomic<std::uint32_t> advices_{0};  // changes when one ends
   Range* ranges_ = nullptr;                // sorted, disjoint; inherited over fork
   std::size_t count_ = 0;
-  bool full_ = false;
 };
 extern Seen g_seen;
 

@@ -21,6 +21,8 @@ import sys
 import tempfile
 import time
 
+from support import counter, environment, finish, skip
+
 LONG = os.environ.get("KSMU_TEST_LONG") == "1"
 SECONDS = int(os.environ.get("KSMU_GUEST_SECONDS", 300 if LONG else 45))
 
@@ -59,11 +61,6 @@ while :; do
   echo "GUEST ROUND $round"
 done
 """
-
-
-def skip(why):
-    print(f"skipped: {why}")
-    sys.exit(77)
 
 
 def find_kernel(work):
@@ -146,22 +143,17 @@ def main():
         initrd, console, monitor = (os.path.join(work, n) for n in ("initrd", "console", "monitor"))
         stats = os.path.join(work, "stats")
         initramfs(initrd, modules)
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("KSMU_")}
-        environment.update(LD_PRELOAD=shim, KSMU_SLEEP_MILLISECS="0", KSMU_CPU_LIMIT_PERCENT="100", KSMU_STATS=stats + ":1",
-                           KSMU_THP_MIN_DUPLICATES="1", KSMU_LOG=os.path.join(work, "log"))
+        variables = environment(LD_PRELOAD=shim, KSMU_SLEEP_MILLISECS="0", KSMU_CPU_LIMIT_PERCENT="100", KSMU_STATS=stats + ":1",
+                                KSMU_THP_MIN_DUPLICATES="1", KSMU_LOG=os.path.join(work, "log"))
         process = subprocess.Popen(
             [qemu, "-accel", "tcg", "-m", "256", "-smp", "1", "-nodefaults", "-no-reboot", "-display", "none",
              "-kernel", kernel, "-initrd", initrd, "-append", "console=ttyS0 no_timer_check quiet panic=-1",
              "-serial", f"file:{console}", "-qmp", f"unix:{monitor},server=on,wait=off",
              "-device", "virtio-balloon-pci"],
-            env=environment, stdin=subprocess.DEVNULL)
+            env=variables, stdin=subprocess.DEVNULL)
 
         def said():
             return open(console, errors="replace").read() if os.path.exists(console) else ""
-
-        def counter(name):
-            found = re.search(rf"^{name} (-?\d+)$", open(stats).read() if os.path.exists(stats) else "", re.M)
-            return int(found[1]) if found else 0
 
         try:
             deadline = time.time() + 300
@@ -180,9 +172,9 @@ def main():
                     if "GUEST WRONG" in said() or "Kernel panic" in said():
                         break
                 rounds = len(re.findall("GUEST ROUND", said()))
-                merged, broken = counter("pages_merged_total"), counter("cow_breaks")
-                print(f"{rounds} rounds of sums; merged {merged}, broken {broken}, sharing {counter('pages_sharing')} and "
-                      f"{counter('ksm_zero_pages')} zero pages, discards {counter('discards')}, gate p99 {counter('gate_p99_us')} us")
+                merged, broken = counter(stats, "pages_merged_total"), counter(stats, "cow_breaks")
+                print(f"{rounds} rounds of sums; merged {merged}, broken {broken}, sharing {counter(stats, 'pages_sharing')} and "
+                      f"{counter(stats, 'ksm_zero_pages')} zero pages, discards {counter(stats, 'discards')}, gate p99 {counter(stats, 'gate_p99_us')} us")
                 for line in re.findall(r"GUEST WRONG.*|Kernel panic.*", said()):
                     errors.append(line)
                 if process.poll() is not None:
@@ -196,12 +188,7 @@ def main():
         finally:
             process.kill()
             process.wait()
-    for error in errors:
-        print("guest:", error)
-    print(f"{0 if errors else 1} passed, {1 if errors else 0} failed, 0 skipped")
-    if errors:
-        print("FAILED guest")
-    sys.exit(1 if errors else 0)
+    finish("guest", errors)
 
 
 main()

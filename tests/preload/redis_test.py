@@ -16,6 +16,8 @@ import tempfile
 import threading
 import time
 
+from support import counter, environment, finish, skip
+
 LONG = os.environ.get("KSMU_TEST_LONG") == "1"
 KEYS, ROUNDS = (8000, 20) if LONG else (1000, 4)
 BYTES = 64 * 1024
@@ -50,11 +52,10 @@ class Server:
     def __init__(self, binary, work, name, **variables):
         self.path = os.path.join(work, name + ".sock")
         self.log = os.path.join(work, name + ".log")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("KSMU_")} | variables
         self.process = subprocess.Popen(
             ["redis-server", "--port", "0", "--unixsocket", self.path, "--dir", work, "--save", "", "--logfile", self.log,
              "--enable-debug-command", "yes", "--daemonize", "no", "--dbfilename", "dump.rdb"],
-            executable=binary, env=environment, stdin=subprocess.DEVNULL)
+            executable=binary, env=environment(**variables), stdin=subprocess.DEVNULL)
         for _ in range(600):
             if os.path.exists(self.path):
                 break
@@ -88,8 +89,7 @@ def main():
     shim = os.path.abspath(sys.argv[1])
     binary = shutil.which("redis-check-rdb")
     if not binary:
-        print("skipped: there is no redis-server or redis-check-rdb (redis-tools)")
-        sys.exit(77)
+        skip("there is no redis-server or redis-check-rdb (redis-tools)")
     with tempfile.TemporaryDirectory() as work:
         stats = os.path.join(work, "stats")
         server = Server(binary, work, "merged", LD_PRELOAD=shim, KSMU_AUTO="1", KSMU_SLEEP_MILLISECS="0", KSMU_CPU_LIMIT_PERCENT="100",
@@ -100,12 +100,8 @@ def main():
             for key in range(KEYS):
                 client("SET", f"key:{key}", bytes([65 + key % 7]) * BYTES)
 
-            def counter(name):
-                found = re.search(rf"^{name} (-?\d+)$", open(stats).read() if os.path.exists(stats) else "", re.M)
-                return int(found[1]) if found else 0
-
             for _ in range(600):
-                if counter("pages_merged") > KEYS * 8:
+                if counter(stats, "pages_merged") > KEYS * 8:
                     break
                 time.sleep(0.1)
             over = threading.Event()
@@ -158,18 +154,13 @@ def main():
                 finally:
                     again.end()
             time.sleep(1.5)
-            merged, broken = counter("pages_merged_total"), counter("cow_breaks")
-            print(f"merged {merged}, broken {broken}, sharing {counter('pages_sharing')} pages, gate p99 {counter('gate_p99_us')} us")
+            merged, broken = counter(stats, "pages_merged_total"), counter(stats, "cow_breaks")
+            print(f"merged {merged}, broken {broken}, sharing {counter(stats, 'pages_sharing')} pages, gate p99 {counter(stats, 'gate_p99_us')} us")
             if merged < 1000 or broken < 100:
                 errors.append(f"merged {merged} and broken {broken} pages only")
         finally:
             server.end()
-        for error in errors:
-            print("redis:", error)
-        print(f"{0 if errors else 1} passed, {1 if errors else 0} failed, 0 skipped")
-        if errors:
-            print("FAILED redis")
-        sys.exit(1 if errors else 0)
+        finish("redis", errors)
 
 
 main()
