@@ -118,13 +118,14 @@ TEST(Model, RandomRuns) {
       static_cast<long long>(tally.detached), static_cast<long long>(tally.discards),
       static_cast<long long>(tally.undone));
   if (failures == 0) {  // a model in which nothing happens proves nothing
-    EXPECT_GT(tally.merged, 5000);
-    EXPECT_GT(tally.breaks, 1000);
-    EXPECT_GT(tally.zero, 500);
-    EXPECT_GT(tally.remerged, 100);
-    EXPECT_GT(tally.detached, 100);
-    EXPECT_GT(tally.discards, 500);
-    EXPECT_GT(tally.failures, 1000);
+    const int thousands = kSeeds / 1000;
+    EXPECT_GT(tally.merged, 1250 * thousands);
+    EXPECT_GT(tally.breaks, 250 * thousands);
+    EXPECT_GT(tally.zero, 125 * thousands);
+    EXPECT_GT(tally.remerged, 25 * thousands);
+    EXPECT_GT(tally.detached, 25 * thousands);
+    EXPECT_GT(tally.discards, 125 * thousands);
+    EXPECT_GT(tally.failures, 250 * thousands);
   }
 }
 

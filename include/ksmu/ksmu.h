@@ -431,7 +431,8 @@ KSMU_API int ksmu_get(const char *name, int64_t *value);
  * (the name in capitals after KSMU_, like KSMU_PAGES_TO_SCAN; not read in setuid programs).
  *
  *   name               default range     meaning
- *   run                1       0, 1, 2   0: stop scanning, keep what is merged. 1: scan. 2: stop and unmerge all;
+ *   run                1       0, 1, 2   0: stop scanning, keep what is merged; the call returns when nothing is being
+ *                                        merged any more, but by ksmu_merge. 1: scan. 2: stop and unmerge all;
  *                                        regions stay regions; the call returns when all is unmerged
  *   pages_to_scan      0       0 ..      pages read in a batch; 0: as many as cpu_limit_percent allows
  *   sleep_millisecs    20      0 ..      sleep between two batches, milliseconds
@@ -467,7 +468,8 @@ KSMU_API int ksmu_get(const char *name, int64_t *value);
  *           max_page_sharing; EOPNOTSUPP see merge_across_nodes; ENOMEM run=2: would not fit into memory (as for
  *           KSMU_UNMERGEABLE; run is 2 then, the rest stays merged, set it again to go on); EAGAIN being stopped.
  * Safety    threads yes; signals no; fork yes.
- * Cost      a call; run=2: as KSMU_UNMERGEABLE, for each merged page.
+ * Cost      a call; run=0: and what the scanner has in hand, milliseconds; run=2: as KSMU_UNMERGEABLE, for each merged
+ *           page.
  */
 KSMU_API int ksmu_set(const char *name, int64_t value);
 

@@ -353,9 +353,10 @@ int ksmu_set(const char* name, int64_t value) {
     SetByProgram(FindTunable("pages_to_scan"), 0);
   }
   if (!use.runtime()) return keep.Succeed();
-  if (tunable->value == &settings().run && value == 2) {
+  if (tunable->value == &settings().run && value != 1) {
+    // 0: as KSM's, which waits for the batch in hand.
     Command command;
-    command.kind = Command::kUnmergeAll;
+    command.kind = value == 2 ? Command::kUnmergeAll : Command::kRest;
     use.runtime()->Execute(&command);
     return Finish(keep, command);
   }

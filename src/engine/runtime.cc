@@ -374,6 +374,9 @@ void Runtime::Run(Command* command, Slot* slot, bool parked) {
       command->result = engine.UnmergeAll(false);
       unmerge_refused_ |= command->result == -ENOMEM;
       break;
+    case Command::kRest:
+      command->result = 0;  // to be asked is all: the step that was in hand is done, and the next one sees run
+      break;
     case Command::kStop:
       command->result = engine.UnmergeAll(true);
       unmerge_refused_ |= command->result == -ENOMEM;
@@ -451,6 +454,7 @@ bool Runtime::MayRunWhileParked(const Command& command) const {
     case Command::kRelease:
     case Command::kDiscard:
     case Command::kCall:
+    case Command::kRest:
     case Command::kExclude:
     case Command::kStats:
     case Command::kRegion:
