@@ -20,7 +20,7 @@ Segment* PageTable::FindSegment(Address a) const {
   if (a >= kLimit || !root_) return nullptr;
   std::size_t number = a >> kSegmentShift;
   Leaf* leaf = (*root_)[number >> kLeafBits].load(std::memory_order_acquire);
-  return leaf ? (*leaf)[number & ((1u << kLeafBits) - 1)].load(std::memory_order_acquire) : nullptr;
+  return leaf ? leaf->segments[number & kLeafMask].load(std::memory_order_acquire) : nullptr;
 }
 
 std::atomic<std::uint64_t>* PageTable::Find(Address a) const {
@@ -38,13 +38,15 @@ std::atomic<std::uint64_t>* PageTable::Make(Address a) {
     if (!leaf) return nullptr;
     leaf_slot.store(leaf, std::memory_order_release);
   }
-  auto& segment_slot = (*leaf)[number & ((1u << kLeafBits) - 1)];
+  auto& segment_slot = leaf->segments[number & kLeafMask];
   Segment* segment = segment_slot.load(std::memory_order_relaxed);
   if (!segment) {
     segment = segments_.Make();
     if (!segment) return nullptr;
     segment->start = a & ~(kSegmentBytes - 1);
     segment_slot.store(segment, std::memory_order_release);
+    const std::size_t place = number & kLeafMask;
+    leaf->known[place / 64].fetch_or(std::uint64_t{1} << place % 64, std::memory_order_release);
     bytes_.fetch_add(sizeof(Segment), std::memory_order_relaxed);
   }
   std::size_t index = (a & (kSegmentBytes - 1)) >> page_shift_;
@@ -67,17 +69,16 @@ bool PageTable::MakeRange(Span span) {
 }
 
 Segment* PageTable::NextSegment(Address a) const {
-  if (!root_) return nullptr;
-  std::size_t number = a >> kSegmentShift;
-  constexpr std::size_t leaf_size = std::size_t{1} << kLeafBits;
-  while (number < (kLimit >> kSegmentShift)) {
-    Leaf* leaf = (*root_)[number >> kLeafBits].load(std::memory_order_acquire);
-    if (!leaf) {
-      number = ((number >> kLeafBits) + 1) << kLeafBits;
-      continue;
-    }
-    for (std::size_t i = number & (leaf_size - 1); i < leaf_size; ++i, ++number) {
-      if (Segment* segment = (*leaf)[i].load(std::memory_order_acquire)) return segment;
+  if (!root_ || a >= kLimit) return nullptr;
+  const std::size_t number = a >> kSegmentShift;
+  std::size_t place = number & kLeafMask;
+  for (std::size_t i = number >> kLeafBits; i < root_->size(); ++i, place = 0) {
+    const Leaf* leaf = (*root_)[i].load(std::memory_order_acquire);
+    if (!leaf) continue;
+    std::uint64_t behind = ~std::uint64_t{0} << place % 64;
+    for (std::size_t word = place / 64; word < leaf->known.size(); ++word, behind = ~std::uint64_t{0}) {
+      const std::uint64_t known = leaf->known[word].load(std::memory_order_acquire) & behind;
+      if (known) return leaf->segments[word * 64 + static_cast<std::size_t>(std::countr_zero(known))].load(std::memory_order_acquire);
     }
   }
   return nullptr;

@@ -85,7 +85,12 @@ class PageTable {
 
  private:
   static constexpr int kLeafBits = 14, kRootBits = 48 - kSegmentShift - kLeafBits;
-  using Leaf = std::array<std::atomic<Segment*>, std::size_t{1} << kLeafBits>;
+  static constexpr std::size_t kLeafMask = (std::size_t{1} << kLeafBits) - 1;
+  struct Leaf {
+    std::array<std::atomic<Segment*>, std::size_t{1} << kLeafBits> segments;
+    // Which of them exist: so that the search for the next one does not read, and so populate, 128 KiB of nothing.
+    std::array<std::atomic<std::uint64_t>, (std::size_t{1} << kLeafBits) / 64> known;
+  };
   using Root = std::array<std::atomic<Leaf*>, std::size_t{1} << kRootBits>;
 
   std::size_t page_size_;
