@@ -173,7 +173,7 @@ void StopLeavesNothingButTheMemory(int flags) {
   const std::set<std::string> descriptors = Descriptors();
   (void)ThreadNames();
   std::size_t maps_before = 0;
-  for (int round = 0; round < 3; ++round) {
+  for (int round = 0; round < 4; ++round) {
     ASSERT_OK(ksmu_start(nullptr, sizeof(ksmu_options)));
     ASSERT_OK(ksmu_start(nullptr, sizeof(ksmu_options)));
     Set("run", 0);
@@ -192,7 +192,8 @@ void StopLeavesNothingButTheMemory(int flags) {
     EXPECT_EQ(Get("pages_merged"), 0);
     EXPECT_EQ(Get("regions"), 0);
     EXPECT_TRUE(PagesAre(memory, seed));
-    if (round == 0) maps_before = CountMaps();
+    CountMaps();  // the reading itself, and a first round, populate a sanitizer's heap
+    if (round <= 1) maps_before = CountMaps();
     EXPECT_LE(CountMaps(), maps_before + 2) << "round " << round << ": mappings leak";
     // Plain memory again.
     ASSERT_EQ(madvise(memory.data(), memory.bytes(), MADV_DONTNEED), 0);
