@@ -47,16 +47,26 @@ State& state() { return g_state; }
 // Where a forked child finds what it inherits: this memory is copied by fork, the engine's own is not.
 constinit engine::Inheritance g_inheritance;
 constinit std::atomic<bool> g_promise{false};
-constinit std::atomic<bool> g_inherited_busy{false};
+constinit std::atomic<const void*> g_inherited_holder{nullptr};  // something of the thread's that has the list
 
-// The list of inherited regions, while it is read or changed. Held over nothing that allocates or starts a thread.
+// The list of inherited regions, while it is read or changed. Held over nothing that allocates or starts a thread. A signal
+// handler that unmaps, on the very thread that has it, goes on: the reader takes entry by entry, and what the handler has
+// taken out of those to come is not advised.
 class InheritedList {
  public:
-  InheritedList() {
-    while (g_inherited_busy.exchange(true, std::memory_order_acquire)) os::YieldThread();
+  InheritedList() : again_(g_inherited_holder.load(std::memory_order_relaxed) == &t_last_error) {
+    for (const void* nobody = nullptr;
+         !again_ && !g_inherited_holder.compare_exchange_weak(nobody, &t_last_error, std::memory_order_acquire); nobody = nullptr) {
+      os::YieldThread();
+    }
   }
-  ~InheritedList() { g_inherited_busy.store(false, std::memory_order_release); }
+  ~InheritedList() {
+    if (!again_) g_inherited_holder.store(nullptr, std::memory_order_release);
+  }
   InheritedList(const InheritedList&) = delete;
+
+ private:
+  const bool again_;
 };
 using WhenLoaded = void (*)();
 constinit WhenLoaded g_when_loaded = nullptr;
@@ -171,7 +181,7 @@ void ForkChild() {
   if (!std::exchange(t_fork_paused, false)) g_inheritance.known().count = 0;
   t_fork_locked = false;
   s.has_threads_in_hand.store(false, std::memory_order_relaxed);
-  g_inherited_busy.store(false, std::memory_order_relaxed);
+  g_inherited_holder.store(nullptr, std::memory_order_relaxed);
   if (had) {
     s.inherited.store(true, std::memory_order_relaxed);
     g_inheritance.file_count.store(g_inheritance.child_file_count, std::memory_order_relaxed);
@@ -203,7 +213,7 @@ void AfterRawClone() {
   s.runtime.store(nullptr, std::memory_order_relaxed);
   s.pid.store(-1, std::memory_order_relaxed);  // whatever number it has: in a namespace of its own, perhaps the parent's
   t_fork_locked = t_fork_paused = false;
-  g_inherited_busy.store(false, std::memory_order_relaxed);
+  g_inherited_holder.store(nullptr, std::memory_order_relaxed);
   new (&s.mutex) std::mutex;
 }
 
