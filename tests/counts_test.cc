@@ -408,6 +408,54 @@ TEST_P(Counts, ForeignUserfaultfd) {
   });
 }
 
+// What it has let go of becomes a region: not what has been unmapped or mapped anew meanwhile, nor what is not wanted any more.
+TEST_P(Counts, ForeignUserfaultfdLetsGo) {
+  RunIsolated([this] {
+    Prepare();
+    constexpr std::size_t kPages = 96, kPart = kPages / 6;
+    Memory memory(kPages);
+    FillPages(memory, [](std::size_t) { return 9; });
+    const int fd = OpenForeignUserfaultfd();
+    ASSERT_GE(fd, 0);
+    uffdio_register reg = {};
+    reg.range = {reinterpret_cast<std::uintptr_t>(memory.data()), memory.bytes()};
+    reg.mode = UFFDIO_REGISTER_MODE_WP;
+    ASSERT_EQ(ioctl(fd, UFFDIO_REGISTER, &reg), 0) << strerror(errno);
+    EXPECT_ERRNO(EBUSY, ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE | flags()));
+    EXPECT_EQ(Get("regions"), 0);
+    const std::size_t part = kPart * PageSize();
+    char* at = memory.data();
+    ASSERT_EQ(munmap(at + part, part), 0);  // a hole
+    ASSERT_NE(mmap(at + 2 * part, part, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0), MAP_FAILED);
+    EXPECT_OK(ksmu_advise(at + 3 * part, part, KSMU_UNMERGEABLE));
+    // A part of it is let go of first.
+    uffdio_range range = {reinterpret_cast<std::uintptr_t>(at), part};
+    ASSERT_EQ(ioctl(fd, UFFDIO_UNREGISTER, &range), 0) << strerror(errno);
+    EXPECT_TRUE(WaitUntil([&] { return Get("region_bytes") == static_cast<std::int64_t>(part); }, 20)) << Get("region_bytes");
+    MergeUntilCounts(1, kPart - 1);
+    close(fd);
+    EXPECT_TRUE(WaitUntil([&] { return Get("region_bytes") >= static_cast<std::int64_t>(3 * part); }, 20)) << Get("region_bytes");
+    MergeUntilCounts(1, 3 * kPart - 1);
+    ksmu_region_stats region;
+    ASSERT_OK(ksmu_read_region(at + 4 * part, &region, sizeof region));
+    EXPECT_EQ(region.excluded_bytes, 0);
+    EXPECT_EQ(region.pages_merged, static_cast<std::int64_t>(2 * kPart));
+    for (std::size_t i = 0; i < kPages; ++i) {
+      if (i / kPart == 1) continue;
+      EXPECT_TRUE(PageIs(memory.page(i), i / kPart == 2 ? 0 : 9)) << i;
+    }
+    // And the other may have it again.
+    EXPECT_OK(ksmu_advise(at + 4 * part, 2 * part, KSMU_UNMERGEABLE));
+    const int again = OpenForeignUserfaultfd();
+    reg.range = {reinterpret_cast<std::uintptr_t>(at + 4 * part), 2 * part};
+    EXPECT_EQ(ioctl(again, UFFDIO_REGISTER, &reg), 0) << strerror(errno);
+    close(again);
+    EXPECT_OK(ksmu_unmap(memory.data(), part));
+    EXPECT_OK(ksmu_unmap(at + 2 * part, 4 * part));
+    memory.Forget();
+  });
+}
+
 // While we hold a region the other gets EBUSY, and nothing changes for us.
 TEST_P(Counts, ForeignUserfaultfdComesLater) {
   RunIsolated([this] {

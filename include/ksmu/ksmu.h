@@ -335,7 +335,8 @@ struct ksmu_region_stats {
   int64_t pages_unmerged;              /* the sum of unmerged[] */
   int64_t unmerged[KSMU_REASON_SLOTS]; /* pages by KSMU_REASON_* */
   int64_t excluded_bytes; /* bytes of [start, start + length) that could not be merged, whatever they contain, when they
-                             were advised; they are left alone until they are advised again */
+                             were advised; they are left alone until they are advised again, but for what another
+                             userfaultfd held: that is asked about once a second */
   int64_t excluded_cause; /* why, for the first of them, as ksmu_advise has it: EOPNOTSUPP, ENOMEM, EBUSY; else 0 */
 };
 
@@ -364,7 +365,8 @@ struct ksmu_page_info {
  *                       was copied back stays so, the rest stays merged, and a region.
  *           EOPNOTSUPP  KSMU_MERGEABLE: nothing in the range can be merged: shared, file-backed, hugetlb, locked, a
  *                       stack, libc's heap, special. A mixed range succeeds; ksmu_read_region shows the rest.
- *           EBUSY       KSMU_MERGEABLE: another userfaultfd holds all of it that could be merged.
+ *           EBUSY       KSMU_MERGEABLE: another userfaultfd holds all of it that could be merged. The advice stands: what
+ *                       the other has let go of becomes a region a second or two later, until it is KSMU_UNMERGEABLE.
  *           EAGAIN      the library is being stopped. KSMU_UNMERGEABLE: or another thread is moving the memory; ask
  *                       again.
  *           KSMU_DISCARD also has those of madvise(MADV_DONTNEED); KSMU_MERGEABLE those of ksmu_start.
