@@ -62,6 +62,11 @@ long DoPrctl(int option, unsigned long a, unsigned long b, unsigned long c, unsi
     case PR_SET_SECCOMP:
       // The strict mode allows nothing afterwards, not even to go on.
       return a == 1 ? kernel() : WithoutMerges(kernel);
+    case PR_SET_VMA: {
+      // A name is for anonymous memory only: a frame's mapping answers EBADF.
+      const long arguments[6] = {option, static_cast<long>(a), static_cast<long>(b), static_cast<long>(c), static_cast<long>(d), 0};
+      return DoOnRange(SYS_prctl, arguments, 2);
+    }
     default:
       return kernel();
   }

@@ -220,12 +220,12 @@ long DoUnlock(long number, long a, long b) {
   return result;
 }
 
-long DoOnRange(long number, const long* arguments) {
+long DoOnRange(long number, const long* arguments, int first) {
   const auto plain = [&] {
     return Direct(number, arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]);
   };
-  void* const at = reinterpret_cast<void*>(arguments[0]);
-  const auto bytes = static_cast<size_t>(arguments[1]);
+  void* const at = reinterpret_cast<void*>(arguments[first]);
+  const auto bytes = static_cast<size_t>(arguments[first + 1]);
   if (!Concerns(at, bytes)) return plain();
   TakenOut regions(PagesOf(at, bytes), true);
   const long result = plain();

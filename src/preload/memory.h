@@ -15,9 +15,10 @@ long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to);
 long DoMprotect(void* at, size_t bytes, int prot, int key, bool with_key);
 long DoMadvise(void* at, size_t bytes, int advice);
 long DoProcessMadvise(int pidfd, const void* vectors, size_t count, int advice, unsigned flags);
-// SYS_mlock, SYS_mlock2, SYS_munlock, SYS_mlockall, SYS_munlockall, SYS_mbind: with the kernel's arguments.
+// SYS_mlock, SYS_mlock2, SYS_munlock, SYS_mlockall, SYS_munlockall: with the kernel's arguments.
 long DoLock(long number, long a, long b, long c);
 long DoUnlock(long number, long a, long b);
-long DoOnRange(long number, const long* arguments);  // unmerged first, taken up again afterwards
+// Address and length are the arguments `first` and the next. Unmerged first, taken up again afterwards.
+long DoOnRange(long number, const long* arguments, int first = 0);
 
 }  // namespace ksmu::preload

@@ -763,6 +763,24 @@ static void case_automatic(void) {
   say("child", wait_for(pid));
 }
 
+/* Names of anonymous memory, where the kernel has them; and where the memory is bound, which is a range's too. */
+static void case_name(void) {
+#ifdef PR_SET_VMA
+  unsigned char *memory = merged();
+  say("name", prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, memory, kBytes, "equal pages"));
+  say("no name", prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, memory + kPage, kPage, NULL));
+  say("bad name", prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, memory, kBytes, "$"));
+  say("unaligned", prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, memory + 1, kPage, "equal"));
+  merge(memory);
+  say_sum("named", memory, kBytes);
+  memory[5 * kPage] ^= 1;
+  say_sum("written", memory, kBytes);
+  say("mbind", syscall(SYS_mbind, memory, kBytes, 0 /* MPOL_DEFAULT */, NULL, 0, 0));
+  merge(memory);
+  say_sum("bound", memory, kBytes);
+#endif
+}
+
 static const struct {
   const char *name;
   void (*run)(void);
@@ -772,7 +790,7 @@ static const struct {
     {"lock", case_lock},         {"unmap", case_unmap},             {"replace", case_replace},   {"move", case_move},
     {"unmergeable", case_unmergeable}, {"fork", case_fork},         {"clone", case_clone},       {"userfaultfd", case_userfaultfd},
     {"syscall", case_syscall}, {"leftovers", case_leftovers}, {"refused", case_refused}, {"errno", case_errno},   {"stack", case_stack},             {"memory_merge", case_memory_merge},
-    {"memory_merge_inherited", case_memory_merge_inherited},        {"churn", case_churn},       {"automatic", case_automatic},
+    {"memory_merge_inherited", case_memory_merge_inherited},        {"name", case_name},         {"churn", case_churn},       {"automatic", case_automatic},
     {"is_merging", case_is_merging}, {"kernel", case_kernel},
 };
 
