@@ -58,7 +58,7 @@ def semantics(program, shim, _ksmuctl):
     cases = run([program])[1].split()
     check("cases", len(cases) >= 20, cases)
     for name in cases:
-        variables = {"KSMU_AUTO": "1"} if name == "automatic" else {}
+        variables = {"automatic": {"KSMU_AUTO": "1"}, "handed_over": {"KSMU_REMERGE_SECONDS": "0"}}.get(name, {})
         variants = [("", variables)]
         # With discards done by the library, and once more with the scanner at it all the time.
         if name != "automatic":

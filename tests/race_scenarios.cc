@@ -180,7 +180,7 @@ const std::vector<Scenario>& Scenarios() {
   static const std::vector<Scenario> scenarios = {
       {"merge", kMergePoints, nullptr, DriveMerge, MergePointApplies, true},
       {"match", kMatchPoints, MergeTwoRuns, DriveMerge, MergePointApplies, false},
-      {"zero", {"zero.untracked", "zero.shut", "zero.taken", "zero.proved", "zero.dropped", "zero.tracked", "zero.opened"},
+      {"zero", {"zero.untracked", "zero.shut", "zero.taken", "zero.proved", "zero.dropped", "zero.mapped", "zero.tracked", "zero.opened"},
        nullptr, DriveMerge, nullptr, true},
       {"undo", {"undo.begin", "undo.moved", "undo.tracked", "undo.opened"}, WriteBetweenHashAndGate, DriveMerge, nullptr,
        true},
@@ -206,7 +206,7 @@ const std::vector<Scenario>& Scenarios() {
 bool GateIsShutAt(const std::string& point) {
   for (const char* shut : {"merge.shut", "merge.taken", "merge.proved", "merge.attach", "merge.attached",
                            "merge.registered", "merge.protected", "merge.filled", "merge.drained", "merge.dropped",
-                           "merge.booked", "zero.shut", "zero.taken", "zero.proved", "zero.dropped", "zero.tracked",
+                           "merge.booked", "zero.shut", "zero.taken", "zero.proved", "zero.dropped", "zero.mapped", "zero.tracked",
                            "undo.begin", "undo.moved", "undo.tracked", "remerge.away", "remerge.taken", "remerge.proved",
                            "remerge.continued", "remerge.kept", "remerge.back", "detach.taken", "detach.copied",
                            "detach.landed", "detach.replaced",

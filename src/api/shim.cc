@@ -71,6 +71,17 @@ int ksmushim_advise(void* start, size_t length, int advice) {
   return static_cast<int>(command.result);
 }
 
+int ksmushim_hand_over(void* start, size_t length) {
+  const SameErrno same;
+  Use use(Use::kNever);
+  if (!use.runtime()) return 0;
+  engine::Command command;
+  command.kind = engine::Command::kHandOver;
+  command.span = SpanOf(start, length);
+  use.runtime()->Execute(&command);
+  return static_cast<int>(command.result);
+}
+
 int ksmushim_discard(void* start, size_t length) {
   const SameErrno same;
   const os::Span span = SpanOf(start, length);

@@ -24,6 +24,10 @@ KSMU_API int ksmushim_may_hold(const void* start, size_t length);
 // regions, which a merge would carry over from before. False: no engine is running, nothing was done.
 KSMU_API int ksmushim_call(void* start, size_t length, long number, const long* arguments, long* result);
 
+// Before KSMU_UNMERGEABLE of a range in which the program registers a userfaultfd of its own: pages that were written since
+// they were merged leave the frames' mappings, too. 0; -EAGAIN: some may not yet, ask again; -EPERM: pinned, perhaps.
+KSMU_API int ksmushim_hand_over(void* start, size_t length);
+
 // As ksmu_advise(KSMU_MERGEABLE | flags), where an engine runs; never starts one. 0 or -errno (-EAGAIN: none runs).
 KSMU_API int ksmushim_advise(void* start, size_t length, int advice);
 

@@ -386,6 +386,66 @@ int Engine::Unmerge(Span span) {
   return 0;
 }
 
+// What is merged is left to Unmerge, whose copies are made from frames. What was written since must not be replaced while a
+// write of the kernel's can be under way, and so the rule for merging again holds: unwritten for remerge_seconds, by the
+// sweeps; by a look of its own where that is 0.
+int Engine::HandOver(Span span) {
+  ApplyMoves();
+  const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));
+  const std::uint32_t now = NowSeconds();
+  const auto may = [&](Address a) {
+    const Page page = table_.Load(a);
+    if (page.busy() || page.unconfirmed()) return false;
+    if (page.state() == PageState::kDropped) return IsZapped(a);
+    if (page.state() != PageState::kBroken && page.state() != PageState::kResidue) return false;
+    return (page.tries() >= 1 || seconds == 0) && OldEnough(page, now, seconds);
+  };
+  os::ScanRequest look;  // as the sweeps do
+  look.required = os::kPresent | os::kFile;
+  look.inverted = os::kFile;
+  look.returned = os::kPresent;
+  look.write_protect = true;
+  CountMappings(true);
+  int result = 0;
+  bool no_pins = false;
+  Region region;
+  for (Address at = span.start; NextIn(span, &at, &region);) {
+    ConfirmBreaks(region.span());
+    for (Segment* segment = table_.NextSegment(region.start); segment && segment->start < region.end;
+         segment = table_.NextSegment(segment->start + kSegmentBytes)) {
+      const Address high = std::min(region.end, segment->start + kSegmentBytes);
+      for (Address a = std::max(region.start, segment->start); a < high;) {
+        const Page first = table_.Load(a);
+        if (!first.covers() || first.state() == PageState::kMerged) {
+          a += page_;
+          continue;
+        }
+        os::Mapping mapping;
+        const bool known = system_.QueryMapping(a, &mapping) == 0 && mapping.start <= a;
+        if (!known || region.kind == Region::kReleased || region.sync_break || !may(a)) {
+          // A stranger's by now, or nothing: forgotten when the region is audited.
+          if (known && pool_.Shows(mapping, a, first.value())) result = result ? result : -EAGAIN;
+          a += page_;
+          continue;
+        }
+        Address end = a + page_;
+        while (end < std::min(high, mapping.end) && (end - a) / page_ < kMaxRunPages && may(end) &&
+               table_.Load(end).state() == first.state() && table_.Load(end).value() == first.value() + (end - a) / page_) {
+          end += page_;
+        }
+        const Span run{a, end - a};
+        a = end;
+        if (first.state() != PageState::kDropped && !no_pins && !(no_pins = system_.NoLongTermPins())) return -EPERM;
+        // What is written from here on is seen when the run has been taken, and goes back itself.
+        std::array<os::PageRun, kMaxRunPages> found;
+        if (seconds == 0) system_.Scan(run, look, found.data(), found.size());
+        if (!LeavesMappings(kUnmergingLeaves) || Detach(region, run, first.state()) != 0) result = -EAGAIN;
+      }
+    }
+  }
+  return result;
+}
+
 int Engine::UnmergeAll(bool forget) {
   if (forget) {
     // What stays in a run's mapping is watched by nobody from now on: as little as possible.

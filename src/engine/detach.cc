@@ -210,7 +210,7 @@ bool Engine::FillByMoving(std::size_t first, std::size_t end) {
   auto* const bytes = reinterpret_cast<std::byte*>(from);
   std::memcpy(bytes, buffer_ + first * page_, part.bytes);
   Address until = 0;
-  system_.ApplyAttributes({from, part.bytes}, FindAttributes(part.start, &until));
+  system_.ApplyAttributes({from, part.bytes}, AttributesOf(part, &until));
   bool moved;
   {
     std::lock_guard lock(events_mutex_);
@@ -269,7 +269,7 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
   os::Mapping mapping;
   if (int error = system_.QueryMapping(run.start, &mapping)) return error;
   Address until = 0;
-  const os::Attributes attributes = FindAttributes(run.start, &until);
+  const os::Attributes attributes = AttributesOf(run, &until);
   if (mapping.executable || attributes.locked || attributes.sealed || attributes.protection_key || until < run.end()) {
     return -EOPNOTSUPP;
   }
@@ -278,7 +278,7 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
   // A region that is being given up is still tracked.
   const bool tracked = owner && owner->kind == Region::kMergeable;
   const Address beside = owner ? PageBeside(*owner, run, mapping) : 0;
-  const bool no_reserve = beside && FindAttributes(beside, &until).no_reserve;
+  const bool no_reserve = beside && AttributesOf({beside, page_}, &until).no_reserve;
   const os::Context breaker = BreakerOf(region);
   Address fresh = 0;
   if (int error = system_.MapApart(run.bytes, no_reserve, &fresh)) return error;

@@ -63,6 +63,9 @@ class Engine {
   // `part` of them: see ksmu.h. *some tells whether anything was advised (holes give -ENOMEM all the same).
   int Advise(Span span, bool promise, bool sync_break, bool owned);
   int Unmerge(Span span);
+  // Before the span is unmerged for a userfaultfd of the program's: nothing may stay in a frame's mapping. 0; -EAGAIN: some
+  // pages have to be left alone for a while yet; -EPERM: they may be pinned for good.
+  int HandOver(Span span);
   bool HasHoles(Span span);
   bool HasForeign() const { return foreign_at_ != 0; }
   int Release(Span span);
@@ -212,6 +215,7 @@ class Engine {
 
   // merge.cc
   std::size_t MergeRun(const Region& region, Address start, std::size_t pages, frames::Frame first);
+  void MapZeroPage(Span run);
   std::size_t DropZeroRun(const Region& region, Address start, std::size_t pages);
   int Prepare(const Region& region, Span run, frames::Frame first, const os::Attributes& attributes, Address* at);
   int AttachFast(const Region& region, Span run, frames::Frame first, const os::Attributes& attributes);
@@ -231,6 +235,7 @@ class Engine {
   void AttributesUnread(Span span);
   bool AttributesKnown(Address a);
   os::Attributes FindAttributes(Address a, Address* until);
+  os::Attributes AttributesOf(Span run, Address* until);
   void RefreshUnwaitable();
   bool Unwaitable(Address page) const;
 

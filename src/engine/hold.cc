@@ -35,7 +35,7 @@ int Engine::MoveOwn(Address from, std::size_t bytes, Address to) {
 // something there. All pages must be covering and known; false: nothing was changed.
 bool Engine::TakeFromRun(Span run, PageState expected) {
   Address until = 0;
-  const os::Attributes attributes = FindAttributes(run.start, &until);
+  const os::Attributes attributes = AttributesOf(run, &until);
   if (!attributes_known_ || attributes.locked || attributes.sealed) return false;
   // Under no breaker nobody would wait, and what is written to the place meanwhile would be lost.
   if (gate_.NeedsRepair() && !gate_.Repair()) return false;

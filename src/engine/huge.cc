@@ -199,7 +199,7 @@ void Engine::LetGoIfFruitless(Segment* segment) {
     if (!word || Page(word->load(std::memory_order_acquire)).state() != PageState::kStill) return;
   }
   Address until = 0;
-  const os::Attributes attributes = FindAttributes(segment->start, &until);
+  const os::Attributes attributes = AttributesOf({segment->start, kSegmentBytes}, &until);
   const os::HugePages mode = system_.TransparentHugePages();
   const bool wanted = mode == os::HugePages::kAlways || (mode == os::HugePages::kAdvised && attributes.huge_page);
   if (!wanted || attributes.no_huge_page || until < segment->start + kSegmentBytes) return;

@@ -19,6 +19,7 @@ constexpr std::uint64_t kAttributesOfMapping = 2'500;     // ns, to read one mor
 constexpr std::uint64_t kUnwaitableLive = 2'000'000;
 constexpr std::size_t kMaxUnread = 256;
 constexpr std::uint64_t kInFlightNs = 2'000'000'000;
+constexpr int kZeroTries = 16;
 }  // namespace
 
 // Reading smaps costs some microseconds a mapping, of the whole process: it is done rarely, and only what is out of the
@@ -81,6 +82,15 @@ os::Attributes Engine::FindAttributes(Address a, Address* until) {
   if (after == attributes_.begin() || (after - 1)->mapping.end <= a) return {};
   *until = (after - 1)->mapping.end;
   return (after - 1)->attributes;
+}
+
+// For a mapping that is to take the run's place: not as they were before a call that is known to have changed them.
+os::Attributes Engine::AttributesOf(Span run, Address* until) {
+  const bool unread = std::any_of(not_read_.begin(), not_read_.end(), [&](const Span& span) {
+    return span.start < run.end() && run.start < span.end();
+  });
+  if (unread || !attributes_known_) RefreshAttributes();
+  return FindAttributes(run.start, until);
 }
 
 void Engine::RefreshUnwaitable() {
@@ -490,6 +500,27 @@ std::size_t Engine::MergeRun(const Region& region, Address start, std::size_t pa
   return merged;
 }
 
+// The kernel's zero page where zeros were dropped, as its own KSM does (use_zero_pages): the page is there, as it was. To a
+// userfaultfd that the program registers later for what is missing, an empty place would be a page that was never written.
+// Not where the program has discarded since. Best effort: empty reads the same.
+void Engine::MapZeroPage(Span run) {
+  Address at = run.start;
+  for (int tries = 0; at < run.end() && tries < kZeroTries; ++tries) {
+    {
+      std::lock_guard lock(events_mutex_);
+      while (at < run.end() && table_.Load(at).discarded()) at += page_;
+      Address end = at;
+      while (end < run.end() && !table_.Load(end).discarded()) end += page_;
+      if (at == end) continue;
+      const os::Partial mapped = system_.ZeroPage(os::kGate, {at, end - at});
+      at += mapped.done;
+      if (mapped.error == 0) continue;
+      if (mapped.error != -EAGAIN) at += page_;
+    }
+    gate_.Drain();
+  }
+}
+
 // All-zero pages need no frame: they are taken out and dropped, and read as zeros again.
 std::size_t Engine::DropZeroRun(const Region& region, Address start, std::size_t pages) {
   std::size_t dropped = 0;
@@ -527,6 +558,13 @@ std::size_t Engine::DropZeroRun(const Region& region, Address start, std::size_t
     gate_.Drain();  // a clone made meanwhile gets its pages from staging: before they are dropped
     gate_.Drop();
     KSMU_TEST_POINT("zero.dropped", run.start, run.bytes);
+    for (std::size_t k = 0; k < got;) {
+      std::size_t end = k + 1;
+      while (end < got && zero[end] == zero[k]) ++end;
+      if (zero[k]) MapZeroPage({at + k * page_, (end - k) * page_});
+      k = end;
+    }
+    KSMU_TEST_POINT("zero.mapped", run.start, run.bytes);
     for (std::size_t k = 0; k < n; ++k) {
       const Address page = at + k * page_;
       if (k < got && zero[k]) {

@@ -377,6 +377,9 @@ void Runtime::Run(Command* command, Slot* slot, bool parked) {
     case Command::kRest:
       command->result = 0;  // to be asked is all: the step that was in hand is done, and the next one sees run
       break;
+    case Command::kHandOver:
+      command->result = engine.HandOver(command->span);
+      break;
     case Command::kStop:
       command->result = engine.UnmergeAll(true);
       unmerge_refused_ |= command->result == -ENOMEM;
@@ -461,6 +464,7 @@ bool Runtime::MayRunWhileParked(const Command& command) const {
     case Command::kExplain: return true;
     case Command::kAdvise: return !engine_->ChangesBreaker(command.span, command.sync_break);
     case Command::kUnmerge:
+    case Command::kHandOver:
     case Command::kMerge:
     case Command::kUnmergeAll:
     case Command::kStop: return false;

@@ -74,7 +74,7 @@ struct RuntimeOptions {
 };
 
 struct Command {
-  enum Kind : std::uint8_t { kAdvise, kExclude, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kRest, kCall, kStats, kRegion, kExplain, kStop };
+  enum Kind : std::uint8_t { kAdvise, kExclude, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kRest, kHandOver, kCall, kStats, kRegion, kExplain, kStop };
   Kind kind = kStats;
   Span span;
   bool promise = false, sync_break = false, owned = false;

@@ -34,6 +34,8 @@ long Kernel(void* at, size_t bytes, int advice) {
 long Mergeable(void* at, size_t bytes) {
   // Where the library cannot work, the kernel's own KSM gets the advice, as without the shim.
   if (StartEngine() != 0) return Kernel(at, bytes, MADV_MERGEABLE);
+  // A forked child that advises is in a place where threads may be started: its counters are to be written as well.
+  StartAuto();
   const int advice = KSMU_MERGEABLE | (g_config.promise ? KSMU_F_NO_RAW_DISCARDS : 0);
   const int error = Advise(PagesOf(at, bytes), advice);
   g_seen.Set(PagesOf(at, bytes), Seen::kAdvised);
@@ -159,7 +161,7 @@ long DoProcessMadvise(int pidfd, const void* vectors, size_t count, int advice, 
   if (!Active() || !changes || flags || count > kMost || !IsOwnPidfd(pidfd)) return kernel();
   // A kernel that does not take this advice for a process's own memory either says so, for nothing at all.
   const iovec nothing{nullptr, 0};
-  if (const long refused = Direct(SYS_process_madvise, pidfd, reinterpret_cast<long>(&nothing), 0, advice, 0); refused < 0) return refused;
+  if (Direct(SYS_process_madvise, pidfd, reinterpret_cast<long>(&nothing), 0, advice, 0) < 0) return kernel();
   long done = 0;
   for (size_t i = 0; i < count; ++i) {
     iovec part;

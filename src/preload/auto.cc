@@ -93,12 +93,14 @@ bool StatsName(const char* suffix, char* out, std::size_t room) {
 
 void StartAuto() {
   if (!g_config.automatic && !g_config.stats[0]) return;
-  if (g_thread_is_there.exchange(true)) return;
+  if (g_thread_is_there.load(std::memory_order_relaxed) || g_thread_is_there.exchange(true)) return;
+  const int saved = errno;
   pthread_t thread;
   if (const int error = os::StartThread(&thread, &AutoMain, nullptr)) {
     g_thread_is_there.store(false);
     Log("%s", os::WhyNoThread(error));
   }
+  errno = saved;
 }
 
 void WakeAuto() {

@@ -55,6 +55,8 @@ long DoPrctl(int option, unsigned long a, unsigned long b, unsigned long c, unsi
   switch (option) {
     case PR_SET_MEMORY_MERGE:
       if (a > 1 || b || c || d) return -EINVAL;
+      // What it never was, the kernel may have inherited; and a kernel before 6.4 knows neither.
+      if (a == 0 && !MemoryMerge()) return kernel();
       return SetMemoryMerge(a != 0) == 0 ? 0 : kernel();
     case PR_GET_MEMORY_MERGE:
       if (a || b || c || d) return -EINVAL;
@@ -79,11 +81,26 @@ long DoRegister(int fd, uffdio_register* request) {
   uffdio_register copy;
   // What cannot be read is the kernel's to complain about.
   if (!ReadProgram(request, &copy, sizeof copy)) return kernel();
-  if (!Concerns(reinterpret_cast<void*>(copy.range.start), copy.range.len)) return kernel();
-  TakenOut regions({copy.range.start, copy.range.len}, true);
-  const long result = kernel();
-  regions.PutBack();  // refused as long as the program holds it
-  return result;
+  void* const start = reinterpret_cast<void*>(copy.range.start);
+  if (!Concerns(start, copy.range.len)) return kernel();
+  // Pages that were written lately may be about to be written by a device, too: they stay where they are for that long, and as
+  // long as they do the kernel refuses (EBUSY). Bounded: what is written all the time is never left alone.
+  constexpr int64_t kPauseMs = 10, kLongerMs = 5000;
+  int64_t seconds = 0;
+  ksmu_get("remerge_seconds", &seconds);
+  for (int64_t left = seconds * 1000 + kLongerMs;; left -= kPauseMs) {
+    const int kept = ksmushim_hand_over(start, copy.range.len);
+    if (kept == 0 || kept == -EPERM || left <= 0) {
+      TakenOut regions({copy.range.start, copy.range.len}, true);
+      const long result = kernel();
+      // What was broken since it was handed over stays in a frame's mapping.
+      const bool again = result == -EBUSY && kept == 0 && left > 0 && ksmushim_hand_over(start, copy.range.len) != 0;
+      regions.PutBack();  // refused as long as the program holds it
+      if (!again) return result;
+    }
+    const timespec pause{0, kPauseMs * 1000000};
+    Direct(SYS_nanosleep, L(&pause), 0);
+  }
 }
 
 long DoShmat(int id, const void* at, int flags) {

@@ -763,6 +763,32 @@ static void case_automatic(void) {
   say("child", wait_for(pid));
 }
 
+/* A userfaultfd for what is missing, on memory of which everything can be said: merged, written since, all zeros, discarded, and
+   used again. What was ever written is there; what was discarded is missing. KSMU_REMERGE_SECONDS=0: no device writes here. */
+static void case_handed_over(void) {
+  unsigned char *m = merged();
+  memset(m + 16 * kPage, 0, 8 * kPage);
+  merge(m);
+  for (int i = 0; i < 8; i++) m[i * 2 * kPage] ^= 1;
+  say("discard", madvise(m + 24 * kPage, 4 * kPage, MADV_DONTNEED));
+  say("discard zeros", madvise(m + 18 * kPage, kPage, MADV_DONTNEED));
+  fill(m + 25 * kPage, 1, 3);
+  int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+  struct uffdio_api api = {UFFD_API, 0, 0};
+  say("api", ioctl(fd, UFFDIO_API, &api));
+  struct uffdio_register range = {{(uintptr_t)m, kBytes}, UFFDIO_REGISTER_MODE_MISSING, 0};
+  say("register", ioctl(fd, UFFDIO_REGISTER, &range));
+  /* By the kernel: a page that is missing is filled if it is (EEXIST: it is not). */
+  for (size_t i = 0; i < kPages; i++) {
+    struct uffdio_zeropage zero = {{(uintptr_t)m + i * kPage, kPage}, UFFDIO_ZEROPAGE_MODE_DONTWAKE, 0};
+    if (ioctl(fd, UFFDIO_ZEROPAGE, &zero) == 0) printf("page %zu was missing\n", i);
+    else if (errno != EEXIST) printf("page %zu: %s\n", i, strerrorname_np(errno));
+  }
+  say_sum("then", m, kBytes);
+  close(fd);
+  say_sum("closed", m, kBytes);
+}
+
 /* Names of anonymous memory, where the kernel has them; and where the memory is bound, which is a range's too. */
 static void case_name(void) {
 #ifdef PR_SET_VMA
@@ -790,7 +816,7 @@ static const struct {
     {"lock", case_lock},         {"unmap", case_unmap},             {"replace", case_replace},   {"move", case_move},
     {"unmergeable", case_unmergeable}, {"fork", case_fork},         {"clone", case_clone},       {"userfaultfd", case_userfaultfd},
     {"syscall", case_syscall}, {"leftovers", case_leftovers}, {"refused", case_refused}, {"errno", case_errno},   {"stack", case_stack},             {"memory_merge", case_memory_merge},
-    {"memory_merge_inherited", case_memory_merge_inherited},        {"name", case_name},         {"churn", case_churn},       {"automatic", case_automatic},
+    {"memory_merge_inherited", case_memory_merge_inherited},        {"handed_over", case_handed_over}, {"name", case_name},         {"churn", case_churn},       {"automatic", case_automatic},
     {"is_merging", case_is_merging}, {"kernel", case_kernel},
 };
 
