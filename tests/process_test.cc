@@ -590,6 +590,46 @@ KSMU_ISOLATED_TEST(Process, LockedFuture, 60) {
 
 // Sealed mappings cannot be replaced. Sealed before: left out, with a reason. Sealed while merged: the bytes stay,
 // writable.
+// Everything that is there, the library's own mappings among it, is populated and locked; merging goes on afterwards.
+KSMU_ISOLATED_TEST(Process, LockedWhileItRuns, 60) {
+  if (kSanitized) GTEST_SKIP() << "a sanitizer's shadow would be locked and filled";
+  Memory memory(512);
+  FillPages(memory, [](std::size_t i) { return 1 + i % 4; });
+  ASSERT_OK(ksmu_start(nullptr, sizeof(ksmu_options)));
+  EXPECT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  MergeAll();
+  EXPECT_EQ(Get("pages_merged"), 512);
+  if (mlockall(MCL_CURRENT) != 0) GTEST_SKIP() << "mlockall: " << strerror(errno);
+  EXPECT_TRUE(PagesAre(memory, [](std::size_t i) { return 1 + i % 4; }));
+  for (std::size_t i = 0; i < memory.pages(); i += 3) FillPage(memory.page(i), 1 + i % 4);
+  ASSERT_EQ(munlockall(), 0);
+  EXPECT_TRUE(PagesAre(memory, [](std::size_t i) { return 1 + i % 4; }));
+  Memory later(512);
+  FillPages(later, [](std::size_t i) { return 1 + i % 4; });
+  EXPECT_OK(ksmu_advise(later.data(), later.bytes(), KSMU_MERGEABLE));
+  EXPECT_TRUE(WaitUntil(
+      [&] {
+        MergeAll();
+        ksmu_region_stats region;
+        return ksmu_read_region(later.data(), &region, sizeof region) == 0 && region.pages_merged == 512;
+      },
+      20));
+  // And while new memory is not locked, but all of the library's is.
+  ASSERT_EQ(mlockall(MCL_CURRENT), 0);
+  Memory last(512);
+  FillPages(last, [](std::size_t i) { return 1 + i % 4; });
+  EXPECT_OK(ksmu_advise(last.data(), last.bytes(), KSMU_MERGEABLE));
+  EXPECT_TRUE(WaitUntil(
+      [&] {
+        MergeAll();
+        ksmu_region_stats region;
+        return ksmu_read_region(last.data(), &region, sizeof region) == 0 && region.pages_merged == 512;
+      },
+      20));
+  ASSERT_EQ(munlockall(), 0);
+  for (Memory* m : {&memory, &later, &last}) EXPECT_TRUE(PagesAre(*m, [](std::size_t i) { return 1 + i % 4; }));
+}
+
 KSMU_ISOLATED_TEST(Process, SealedMemory, 60) {
   for (const int flags : kAllFlags) {
     SCOPED_TRACE(flags);

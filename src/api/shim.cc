@@ -1,5 +1,7 @@
 #include "api/shim.h"
 
+#include <sys/mman.h>
+
 #include <cerrno>
 
 #include "api/state.h"
@@ -106,20 +108,24 @@ void ksmushim_forget(void* start, size_t length) {
   ForgetInherited(SpanOf(start, length));
 }
 
-int ksmushim_is_plain(void* start, size_t length) {
+int ksmushim_find_mapping(const void* at, struct ksmushim_mapping* out) {
   const SameErrno same;
-  const os::Span span = SpanOf(start, length);
-  os::Mappings mappings;
-  bool plain = mappings.Open() == 0;
-  for (os::Address at = span.start; plain && at < span.end();) {
-    os::Mapping mapping;
-    bool frames = false;
-    plain = mappings.QueryFrames(at, &mapping, &frames) == 0 && mapping.start <= at && (mapping.anonymous || frames) &&
-            !mapping.shared && mapping.readable && mapping.writable && !mapping.executable;
-    at = mapping.end;
+  os::Mapping mapping;
+  bool frames = false;
+  // With a descriptor of the program's table, which another thread may be closing: then it is tried again.
+  int error = -EBADF;
+  for (int attempt = 0; attempt < 1000 && error && error != -ENOENT; ++attempt) {
+    os::Mappings mappings;
+    if ((error = mappings.Open()) == 0) error = mappings.QueryFrames(reinterpret_cast<os::Address>(at), &mapping, &frames);
+    mappings.Close();
+    if (error && attempt > 10) os::YieldThread();
   }
-  mappings.Close();
-  return plain;
+  if (error) return error;
+  out->start = reinterpret_cast<void*>(mapping.start);
+  out->end = reinterpret_cast<void*>(mapping.end);
+  out->prot = (mapping.readable ? PROT_READ : 0) | (mapping.writable ? PROT_WRITE : 0) | (mapping.executable ? PROT_EXEC : 0);
+  out->kind = frames ? KSMU_SHIM_FRAMES : mapping.anonymous && !mapping.shared && !mapping.special ? KSMU_SHIM_ANONYMOUS : KSMU_SHIM_OTHER;
+  return 0;
 }
 
 void ksmushim_begin(void (*when_loaded)(void)) { BeginEarly(when_loaded); }

@@ -47,7 +47,15 @@ KSMU_API void ksmushim_fork_child(void);
 // In a child that a clone by number, or with a stack of its own, has made: after a `prepare` or without one.
 KSMU_API void ksmushim_raw_child(void);
 
-// Whether the range is private memory without a hole, readable and writable, of the program's or of frames.
-KSMU_API int ksmushim_is_plain(void* start, size_t length);
+// The first mapping that ends behind `at`. 0, -ENOENT where there is none, or -errno. KSMU_SHIM_FRAMES: of a pool's file, the
+// parent's in a forked child included; KSMU_SHIM_ANONYMOUS: private, and no stack or special mapping.
+enum { KSMU_SHIM_OTHER = 0, KSMU_SHIM_ANONYMOUS = 1, KSMU_SHIM_FRAMES = 2 };
+struct ksmushim_mapping {
+  void* start;
+  void* end;
+  int prot;
+  int kind;
+};
+KSMU_API int ksmushim_find_mapping(const void* at, struct ksmushim_mapping* out);
 
 }  // extern "C"

@@ -7,27 +7,53 @@
 
 namespace ksmu::engine {
 
+namespace {
+constexpr std::uint64_t kRenewNs = 1'000'000'000;
+}
+
 Gate::~Gate() {
   if (staging_) system_.Unmap({reinterpret_cast<Address>(staging_), kStagingPages * page_});
 }
 
 int Gate::Start() {
+  if (!repairs_.reserve(64)) return -ENOMEM;
+  return MapStaging();
+}
+
+int Gate::MapStaging() {
   Address at = 0;
   if (int error = system_.MapAnonymous(0, kStagingPages * page_, os::Protection::kReadWrite, &at)) return error;
-  staging_ = reinterpret_cast<std::byte*>(at);
   const Span span{at, kStagingPages * page_};
   // Not inherited: a child must not hold the pages of a merge in hand. Never huge: pages come and go one by one.
   os::Attributes attributes;
   attributes.dont_fork = attributes.dont_dump = attributes.no_huge_page = true;
   system_.ApplyAttributes(span, attributes);
-  if (!repairs_.reserve(64)) return -ENOMEM;
-  return system_.Register(os::kStaging, span, os::kMissing);
+  // UFFDIO_MOVE asks that its target is registered, not for what. Not for missing pages: nobody answers for them here, and
+  // mlockall populates all mappings of the process.
+  if (int error = system_.Register(os::kStaging, span, os::kWriteProtect)) {
+    system_.Unmap(span);
+    return error;
+  }
+  if (staging_) system_.Unmap({reinterpret_cast<Address>(staging_), kStagingPages * page_});
+  staging_ = reinterpret_cast<std::byte*>(at);
+  base_ = 0;
+  return 0;
+}
+
+// Populated and locked by mlockall, it takes no page any more (UFFDIO_MOVE: EINVAL, EEXIST): another one does.
+void Gate::RenewStaging() {
+  const std::uint64_t now = system_.NowNanoseconds();
+  refused_ = false;
+  if (now < renewed_at_ + kRenewNs) return;
+  renewed_at_ = now;
+  MapStaging();
 }
 
 int Gate::Shut(Span run, bool zero) {
   zero_ = zero;
   run_ = run;
   pages_ = run.bytes / page_;
+  if (refused_) RenewStaging();
   if (base_ + pages_ > kStagingPages) FlushStaging();
   for (std::size_t i = 0; i < pages_; ++i) state_[i] = kThere, gone_[i] = false;
   if (int error = system_.Unregister(os::kTracker, run)) return error;
@@ -68,6 +94,7 @@ std::size_t Gate::Take(int* error) {
     // is contended (folio lock, migration); a few tries, then it is left.
     if (moved.error == -EAGAIN && (moved.done || ++attempt < 4)) continue;
     *error = moved.error;
+    refused_ = moved.error == -EINVAL || moved.error == -EEXIST;
     break;
   }
   KSMU_TEST_POINT(zero_ ? "zero.taken" : "merge.taken", run_.start, run_.bytes);
@@ -100,7 +127,7 @@ bool Gate::ReturnPage(std::size_t i) {
       }
       Address again = 0;
       if (system_.MapAnonymous(from, page_, os::Protection::kReadWrite, &again) == 0) {
-        system_.Register(os::kStaging, {from, page_}, os::kMissing);
+        system_.Register(os::kStaging, {from, page_}, os::kWriteProtect);
       }
       return true;
     }

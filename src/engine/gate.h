@@ -82,6 +82,8 @@ class Gate {
   }
 
  private:
+  int MapStaging();
+  void RenewStaging();
   enum PageState : std::uint8_t { kThere, kTaken, kReturned };
   struct Registration {
     Span span;
@@ -98,6 +100,8 @@ class Gate {
   std::size_t page_;
   std::byte* staging_ = nullptr;
   std::size_t base_ = 0;  // page of staging where the run in hand goes; what lies before it has been dropped
+  bool refused_ = false;  // the last move into staging, for a reason that staging itself can have
+  std::uint64_t renewed_at_ = 0;
   Span run_;
   bool shut_ = false;
   bool zero_ = false;

@@ -12,6 +12,7 @@
 #include "preload/memory.h"
 #include "preload/next.h"
 #include "preload/own_pidfd.h"
+#include "preload/pieces.h"
 #include "preload/program.h"
 #include "preload/regions.h"
 #include "preload/seen.h"
@@ -41,8 +42,8 @@ long Mergeable(void* at, size_t bytes) {
   g_seen.Set(PagesOf(at, bytes), Seen::kAdvised);
   switch (-error) {
     case 0: return 0;
-    case EOPNOTSUPP:  // the kernel passes over what cannot be merged, and so do we
-    case EBUSY: return 0;
+    case EOPNOTSUPP:  // the kernel passes over what cannot be merged, and so do we; not over holes
+    case EBUSY: return Direct(SYS_msync, reinterpret_cast<long>(at), static_cast<long>(bytes), MS_ASYNC) == -ENOMEM ? -ENOMEM : 0;
     case EINVAL:
     case ENOMEM: return error;
     default: return Kernel(at, bytes, MADV_MERGEABLE);
@@ -70,33 +71,34 @@ long Discard(void* at, size_t bytes, int advice) {
     if (result != -EINVAL || advice != MADV_FREE) return result;
     // Pages of frames cannot be freed lazily: they are discarded now, and what is not ours is the kernel's.
     const Span span = PagesOf(at, bytes);
-    Address next = span.start, done = span.start;
-    Span part;
-    for (int flags; NextRegion(span, &next, &part, &flags); done = part.end()) {
-      if (done < part.start) {
-        if (const long error = Kernel(reinterpret_cast<void*>(done), part.start - done, advice)) return error;
-      }
-      if (const int error = ksmushim_discard(reinterpret_cast<void*>(part.start), part.bytes)) return error;
+    Address reached = span.start;
+    bool holes = false;
+    Piece piece;
+    for (Address next = span.start; NextPiece(span, &next, &piece); reached = piece.end) {
+      holes |= piece.start > reached;
+      void* const start = reinterpret_cast<void*>(piece.start);
+      const long error = piece.kind == Piece::kFrames ? ksmushim_discard(start, piece.bytes()) : Kernel(start, piece.bytes(), advice);
+      if (error) return error;
     }
-    if (done == span.start) return ksmushim_is_plain(at, bytes) ? ksmushim_discard(at, bytes) : result;
-    return done < span.end() ? Kernel(reinterpret_cast<void*>(done), span.end() - done, advice) : 0;
+    return holes || reached < span.end() ? -ENOMEM : 0;
   } else if (advice == kMadvDontneedLocked) {
     return Kernel(at, bytes, advice);  // locked memory is not merged
   }
   return ksmushim_discard(at, bytes);
 }
 
-// The first region of the range: what lies before it is the kernel's to answer for.
+// What lies before the first of our memory is the kernel's to answer for; that answers as private anonymous memory does.
 long Remove(void* at, size_t bytes) {
   const Span span = PagesOf(at, bytes);
-  Address next = span.start;
-  Span part;
-  int flags;
-  if (!NextRegion(span, &next, &part, &flags)) return Kernel(at, bytes, MADV_REMOVE);
-  if (part.start > span.start) {
-    if (const long result = Kernel(at, part.start - span.start, MADV_REMOVE)) return result;
+  Piece piece;
+  for (Address next = span.start; NextPiece(span, &next, &piece);) {
+    if (piece.kind == Piece::kOther) continue;
+    if (piece.start > span.start) {
+      if (const long result = Kernel(at, piece.start - span.start, MADV_REMOVE)) return result;
+    }
+    return -EINVAL;
   }
-  return -EINVAL;  // as private anonymous memory answers
+  return Kernel(at, bytes, MADV_REMOVE);
 }
 
 }  // namespace
@@ -104,8 +106,9 @@ long Remove(void* at, size_t bytes) {
 long DoMadvise(void* at, size_t bytes, int advice) {
   const auto address = reinterpret_cast<Address>(at);
   // What the kernel refuses whatever is there, it refuses itself.
-  const bool sound = address % os::SystemPageSize() == 0 && address + bytes >= address;
-  if (!Active() || !sound || bytes == 0) return Kernel(at, bytes, advice);
+  const size_t rounded = PagesOf(at, bytes).bytes;
+  const bool sound = address % os::SystemPageSize() == 0 && rounded != 0 && address + rounded > address;
+  if (!Active() || !sound) return Kernel(at, bytes, advice);
   if (advice == MADV_MERGEABLE) return Mergeable(at, bytes);
   if (advice == MADV_UNMERGEABLE) return Unmergeable(at, bytes);
   if (!Concerns(at, bytes)) return Kernel(at, bytes, advice);
@@ -120,6 +123,7 @@ long DoMadvise(void* at, size_t bytes, int advice) {
     case kMadvCollapse:
     case kMadvGuardRemove: {
       // Not for frames' mappings, and not while every page is watched: plain memory meanwhile.
+      LeaveFrames(PagesOf(at, bytes), advice == MADV_WIPEONFORK);
       TakenOut regions(PagesOf(at, bytes), true);
       const long result = Kernel(at, bytes, advice);
       regions.PutBack();
@@ -127,8 +131,10 @@ long DoMadvise(void* at, size_t bytes, int advice) {
     }
     case kMadvGuardInstall: {
       // Never on a merged page (it does not return); a guarded range is not merged from now on.
+      // What is guarded is discarded: so what still shows frames, having been written since, need not be kept.
       TakenOut regions(PagesOf(at, bytes), true);
-      const long result = Kernel(at, bytes, advice);
+      long result = EmptyFrames(PagesOf(at, bytes));
+      if (result == 0) result = Kernel(at, bytes, advice);
       if (result) regions.PutBack();
       else g_seen.Set(PagesOf(at, bytes), Seen::kRefused);
       return result;
@@ -156,9 +162,7 @@ long DoProcessMadvise(int pidfd, const void* vectors, size_t count, int advice, 
     return Direct(SYS_process_madvise, pidfd, reinterpret_cast<long>(vectors), static_cast<long>(count), advice, static_cast<long>(flags));
   };
   constexpr size_t kMost = 1024;  // UIO_MAXIOV
-  const bool changes = advice == MADV_MERGEABLE || advice == MADV_UNMERGEABLE || advice == MADV_DONTNEED || advice == MADV_FREE ||
-                       advice == kMadvCollapse || advice == kMadvGuardInstall || advice == kMadvGuardRemove || advice == MADV_DONTFORK;
-  if (!Active() || !changes || flags || count > kMost || !IsOwnPidfd(pidfd)) return kernel();
+  if (!Active() || flags || count > kMost || !IsOwnPidfd(pidfd)) return kernel();
   // A kernel that does not take this advice for a process's own memory either says so, for nothing at all.
   const iovec nothing{nullptr, 0};
   if (Direct(SYS_process_madvise, pidfd, reinterpret_cast<long>(&nothing), 0, advice, 0) < 0) return kernel();

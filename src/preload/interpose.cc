@@ -21,6 +21,7 @@
 #include "preload/config.h"
 #include "preload/memory.h"
 #include "preload/next.h"
+#include "preload/pieces.h"
 #include "preload/program.h"
 #include "preload/regions.h"
 #include "preload/seen.h"
@@ -54,7 +55,7 @@ long DoPrctl(int option, unsigned long a, unsigned long b, unsigned long c, unsi
   if (!Active()) return kernel();
   switch (option) {
     case PR_SET_MEMORY_MERGE:
-      if (a > 1 || b || c || d) return -EINVAL;
+      if (b || c || d) return -EINVAL;
       // What it never was, the kernel may have inherited; and a kernel before 6.4 knows neither.
       if (a == 0 && !MemoryMerge()) return kernel();
       return SetMemoryMerge(a != 0) == 0 ? 0 : kernel();
@@ -74,6 +75,8 @@ long DoPrctl(int option, unsigned long a, unsigned long b, unsigned long c, unsi
   }
 }
 
+constexpr int kHandOvers = 100;
+
 // A userfaultfd of the program's own: a postcopy migration, a snapshot, a collector. A range has one owner: it is the program,
 // and the library asks from time to time whether the range has become free.
 long DoRegister(int fd, uffdio_register* request) {
@@ -83,23 +86,15 @@ long DoRegister(int fd, uffdio_register* request) {
   if (!ReadProgram(request, &copy, sizeof copy)) return kernel();
   void* const start = reinterpret_cast<void*>(copy.range.start);
   if (!Concerns(start, copy.range.len)) return kernel();
-  // Pages that were written lately may be about to be written by a device, too: they stay where they are for that long, and as
-  // long as they do the kernel refuses (EBUSY). Bounded: what is written all the time is never left alone.
-  constexpr int64_t kPauseMs = 10, kLongerMs = 5000;
-  int64_t seconds = 0;
-  ksmu_get("remerge_seconds", &seconds);
-  for (int64_t left = seconds * 1000 + kLongerMs;; left -= kPauseMs) {
-    const int kept = ksmushim_hand_over(start, copy.range.len);
-    if (kept == 0 || kept == -EPERM || left <= 0) {
-      TakenOut regions({copy.range.start, copy.range.len}, true);
-      const long result = kernel();
-      // What was broken since it was handed over stays in a frame's mapping.
-      const bool again = result == -EBUSY && kept == 0 && left > 0 && ksmushim_hand_over(start, copy.range.len) != 0;
-      regions.PutBack();  // refused as long as the program holds it
-      if (!again) return result;
-    }
-    const timespec pause{0, kPauseMs * 1000000};
-    Direct(SYS_nanosleep, L(&pause), 0);
+  const Span span{copy.range.start, copy.range.len};
+  for (int attempt = 0;; ++attempt) {
+    const bool left = LeaveFrames(span, true);
+    TakenOut regions(span, true);
+    const long result = kernel();
+    // What was broken since stays in a frame's mapping, which is the library's.
+    const bool again = result == -EBUSY && left && attempt < kHandOvers && ShapeOf(span).frames;
+    regions.PutBack();  // refused as long as the program holds it
+    if (!again) return result;
   }
 }
 

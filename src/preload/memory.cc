@@ -12,6 +12,7 @@
 #include "preload/auto.h"
 #include "preload/config.h"
 #include "preload/next.h"
+#include "preload/pieces.h"
 #include "preload/regions.h"
 #include "preload/seen.h"
 
@@ -71,43 +72,6 @@ long DoMunmap(void* at, size_t bytes) {
   return Result(NextMunmap(at, bytes));
 }
 
-namespace {
-
-// Memory that was merged once can be several mappings, and the kernel moves or grows one at a time only (EFAULT). Then the
-// bytes move instead. `from` is plain by now.
-long MoveByCopying(Span from, size_t new_bytes, int flags, void* to) {
-  // Only what was one mapping before it was merged: anything else is an error of the program's.
-  if (!(flags & MREMAP_MAYMOVE) || !ksmushim_is_plain(reinterpret_cast<void*>(from.start), from.bytes)) return -EFAULT;
-  const int fixed = flags & MREMAP_FIXED ? MAP_FIXED : 0;
-  const long made = Direct(SYS_mmap, fixed ? L(to) : 0, static_cast<long>(new_bytes), PROT_READ | PROT_WRITE,
-                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
-  if (Failed(made)) return made;
-  // By the kernel: what cannot be read is an error here, and no signal. Holes and untouched pages read as zeros.
-  const size_t bytes = from.bytes < new_bytes ? from.bytes : new_bytes;
-  struct { long base; size_t length; } local{static_cast<long>(from.start), 0}, remote{made, 0};
-  for (size_t done = 0; done < bytes;) {
-    local = {static_cast<long>(from.start + done), bytes - done};
-    remote = {static_cast<long>(static_cast<size_t>(made) + done), bytes - done};
-    const long copied = Direct(SYS_process_vm_writev, Direct(SYS_getpid), L(&local), 1, L(&remote), 1, 0);
-    if (copied <= 0) {
-      if (copied == -EINTR) continue;
-      Direct(SYS_munmap, made, static_cast<long>(new_bytes));
-      return -EFAULT;
-    }
-    done += static_cast<size_t>(copied);
-  }
-  if (flags & MREMAP_DONTUNMAP) {
-    // What stays behind is empty.
-    const long left = Direct(SYS_mmap, static_cast<long>(from.start), static_cast<long>(from.bytes), PROT_READ | PROT_WRITE,
-                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-    return Failed(left) ? left : made;
-  }
-  Direct(SYS_munmap, static_cast<long>(from.start), static_cast<long>(from.bytes));
-  return made;
-}
-
-}  // namespace
-
 long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
   const auto plain = [&] { return Result(L(NextMremap(from, bytes, new_bytes, flags, to))); };
   const bool sound = reinterpret_cast<Address>(from) % os::SystemPageSize() == 0 && !(flags & ~(MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP));
@@ -142,6 +106,10 @@ long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
   }
   if (!placed && !(flags & MREMAP_DONTUNMAP) && rounded <= old.bytes) {
     keep(0);
+    // It begins in a hole: the kernel's to refuse.
+    Piece head;
+    Address at = old.start;
+    if (!NextPiece(old, &at, &head) || head.start > old.start) return plain();
     // Shrinking in place unmaps the rest, whatever it consists of. Whether there is anything is the kernel's to say.
     if (rounded < old.bytes) {
       const long result = DoMunmap(reinterpret_cast<void*>(old.start + rounded), old.bytes - rounded);
@@ -152,8 +120,14 @@ long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
   const int before = errno;
   TakenOut replaced(overwrites ? PagesOf(to, new_bytes) : Span{}, false);
   TakenOut moved(old, true);
-  long result = plain();
-  if (result == -EFAULT) result = MoveByCopying(old, rounded, flags, to);
+  // What the kernel refuses whatever is there, it refuses itself. And never more than one mapping to it: some kernels move a
+  // part and fail (6.17), and what shows frames would grow into the frames' file.
+  const auto target = reinterpret_cast<Address>(to);
+  const bool possible = (!placed || (target % os::SystemPageSize() == 0 && target + rounded > target &&
+                                     (target + rounded <= old.start || target >= old.end()))) &&
+                        (flags & MREMAP_MAYMOVE || !(flags & (MREMAP_FIXED | MREMAP_DONTUNMAP))) && old.start + rounded > old.start;
+  const Shape shape = possible ? ShapeOf(old) : Shape{};
+  const long result = shape.frames || (shape.uniform && shape.pieces > 1) ? MovePieces(old, rounded, flags, target) : plain();
   if (Failed(result)) {
     moved.PutBack();
     replaced.PutBack();
@@ -227,6 +201,7 @@ long DoOnRange(long number, const long* arguments, int first) {
   void* const at = reinterpret_cast<void*>(arguments[first]);
   const auto bytes = static_cast<size_t>(arguments[first + 1]);
   if (!Concerns(at, bytes)) return plain();
+  LeaveFrames(PagesOf(at, bytes), false);
   TakenOut regions(PagesOf(at, bytes), true);
   const long result = plain();
   regions.PutBack();

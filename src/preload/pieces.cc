@@ -1,0 +1,182 @@
+#include "preload/pieces.h"
+
+#include <sys/mman.h>
+#include <time.h>
+
+#include "api/shim.h"
+#include "os/raw.h"
+#include "preload/next.h"
+
+namespace ksmu::preload {
+namespace {
+
+using os::raw::Direct;
+
+long L(Address a) { return static_cast<long>(a); }
+void* P(Address a) { return reinterpret_cast<void*>(a); }
+
+long MapAnonymous(Address at, size_t bytes, int prot, int how) {
+  return Direct(SYS_mmap, L(at), static_cast<long>(bytes), prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | how, -1, 0);
+}
+long Unmap(Address at, size_t bytes) { return Direct(SYS_munmap, L(at), static_cast<long>(bytes)); }
+long Move(Address from, size_t bytes, size_t new_bytes, int flags, Address to) {
+  return Direct(SYS_mremap, L(from), static_cast<long>(bytes), static_cast<long>(new_bytes), flags, L(to));
+}
+
+// By the kernel: what cannot be read is an error here, and no signal.
+bool Copy(Address from, Address to, size_t bytes) {
+  for (size_t done = 0; done < bytes;) {
+    const struct { long base; size_t length; } local{L(from + done), bytes - done}, remote{L(to + done), bytes - done};
+    const long copied = Direct(SYS_process_vm_writev, Direct(SYS_getpid), reinterpret_cast<long>(&local), 1, reinterpret_cast<long>(&remote), 1, 0);
+    if (copied == -EINTR) continue;
+    if (copied <= 0) return false;
+    done += static_cast<size_t>(copied);
+  }
+  return true;
+}
+
+template <typename F>
+long ForEachFrames(Span span, F&& f) {
+  Piece piece;
+  for (Address at = span.start; NextPiece(span, &at, &piece);) {
+    if (piece.kind != Piece::kFrames) continue;
+    if (const long error = f(piece)) return error;
+  }
+  return 0;
+}
+
+// The part that a mapping gains at its end, where it cannot grow by itself: it would show what else lies in the frames' file.
+long AddBehind(Address end, size_t bytes, int prot) {
+  const long made = MapAnonymous(end, bytes, prot, MAP_FIXED_NOREPLACE);
+  if (Failed(made)) return made == -EEXIST ? -ENOMEM : made;
+  if (made == L(end)) return 0;
+  Unmap(static_cast<Address>(made), bytes);  // a kernel that takes the address for a hint
+  return -ENOMEM;
+}
+
+}  // namespace
+
+bool NextPiece(Span span, Address* at, Piece* piece) {
+  ksmushim_mapping mapping;
+  if (*at >= span.end() || ksmushim_find_mapping(P(*at), &mapping) != 0) return false;
+  const auto start = reinterpret_cast<Address>(mapping.start), end = reinterpret_cast<Address>(mapping.end);
+  if (start >= span.end()) return false;
+  piece->start = start > *at ? start : *at;
+  piece->end = end < span.end() ? end : span.end();
+  piece->prot = mapping.prot;
+  piece->kind = mapping.kind == KSMU_SHIM_ANONYMOUS ? Piece::kAnonymous : mapping.kind == KSMU_SHIM_FRAMES ? Piece::kFrames : Piece::kOther;
+  *at = piece->end;
+  return true;
+}
+
+Shape ShapeOf(Span span) {
+  Shape shape;
+  shape.uniform = true;
+  Piece piece;
+  Address reached = span.start;
+  for (Address at = span.start; NextPiece(span, &at, &piece); reached = piece.end) {
+    shape.uniform &= piece.start == reached && piece.kind != Piece::kOther && (shape.pieces == 0 || piece.prot == shape.prot);
+    shape.frames |= piece.kind == Piece::kFrames;
+    shape.prot = piece.prot;
+    ++shape.pieces;
+  }
+  shape.uniform &= reached == span.end();
+  return shape;
+}
+
+long EmptyFrames(Span span) {
+  return ForEachFrames(span, [](const Piece& piece) {
+    const long made = MapAnonymous(piece.start, piece.bytes(), piece.prot, MAP_FIXED);
+    return Failed(made) ? made : 0L;
+  });
+}
+
+long CopyFrames(Span span) {
+  return ForEachFrames(span, [](const Piece& piece) {
+    const long copy = MapAnonymous(0, piece.bytes(), PROT_READ | PROT_WRITE, 0);
+    if (Failed(copy)) return copy;
+    const auto made = static_cast<Address>(copy);
+    const auto protect = [](Address at, size_t bytes, int prot) { return Direct(SYS_mprotect, L(at), static_cast<long>(bytes), prot); };
+    const bool readable = piece.prot & PROT_READ;
+    long error = readable ? 0 : protect(piece.start, piece.bytes(), piece.prot | PROT_READ);
+    if (!error && !Copy(piece.start, made, piece.bytes())) error = -ENOMEM;
+    if (!error) error = protect(made, piece.bytes(), piece.prot);
+    if (!error) {
+      const long moved = Move(made, piece.bytes(), piece.bytes(), MREMAP_MAYMOVE | MREMAP_FIXED, piece.start);
+      error = Failed(moved) ? moved : 0;
+    }
+    if (error) {
+      Unmap(made, piece.bytes());
+      if (!readable) protect(piece.start, piece.bytes(), piece.prot);
+    }
+    return error;
+  });
+}
+
+bool LeaveFrames(Span span, bool patient) {
+  if (ksmushim_state() != KSMU_SHIM_RUNNING) return CopyFrames(span) == 0;
+  // Pages that were written lately may be about to be written by a device, too. Bounded: what is written all the time is
+  // never left alone.
+  constexpr int64_t kPauseMs = 10, kLongerMs = 5000;
+  int64_t seconds = 0;
+  ksmu_get("remerge_seconds", &seconds);
+  for (int64_t left = patient ? seconds * 1000 + kLongerMs : 0;; left -= kPauseMs) {
+    const int kept = ksmushim_hand_over(P(span.start), span.bytes);
+    if (kept != -EAGAIN || left <= 0) return kept == 0;
+    const timespec pause{0, kPauseMs * 1000000};
+    Direct(SYS_nanosleep, reinterpret_cast<long>(&pause), 0);
+  }
+}
+
+long MovePieces(Span from, size_t new_bytes, int flags, Address to) {
+  const Shape shape = ShapeOf(from);
+  const bool moves = flags & (MREMAP_FIXED | MREMAP_DONTUNMAP), stays = flags & MREMAP_DONTUNMAP;
+  // To the program several mappings, or a hole: what the kernel says of that, which is nothing good where it changes size.
+  if (!shape.uniform && (new_bytes != from.bytes || !shape.pieces)) return -EFAULT;
+  if (stays && new_bytes != from.bytes) return -EINVAL;
+  const size_t kept = new_bytes < from.bytes ? new_bytes : from.bytes;
+  const size_t more = new_bytes - kept;
+  if (kept < from.bytes) {
+    if (const long error = Unmap(from.start + kept, from.bytes - kept)) return error;
+  }
+  if (!moves) {
+    if (!more) return L(from.start);
+    const long error = AddBehind(from.end(), more, shape.prot);
+    if (!error || !(flags & MREMAP_MAYMOVE)) return error ? error : L(from.start);
+  }
+  const long place = MapAnonymous(to, new_bytes, PROT_NONE, flags & MREMAP_FIXED ? MAP_FIXED : 0);
+  if (Failed(place)) return place;
+  const auto target = static_cast<Address>(place);
+  const auto move_all = [&](Address there, Address here, int kind) {  // what lies in [there, ...) to [here, ...)
+    Piece piece;
+    const Span part{there, kept};
+    for (Address at = there; NextPiece(part, &at, &piece);) {
+      const int stay = kind && piece.kind == Piece::kAnonymous ? kind : 0;
+      const long moved = Move(piece.start, piece.bytes(), piece.bytes(), MREMAP_MAYMOVE | MREMAP_FIXED | stay, here + (piece.start - there));
+      if (Failed(moved)) return moved;
+      // What stays behind is empty.
+      if (kind && !stay) MapAnonymous(piece.start, piece.bytes(), piece.prot, MAP_FIXED);
+    }
+    return 0L;
+  };
+  long error = move_all(from.start, target, stays ? MREMAP_DONTUNMAP : 0);
+  if (!error && more) {
+    const long made = MapAnonymous(target + kept, more, shape.prot, MAP_FIXED);
+    error = Failed(made) ? made : 0;
+  }
+  if (!error) return place;
+  if (!stays) {
+    // Back, what has come: what has not is the reservation, which must not go there.
+    Piece piece;
+    for (Address at = target; NextPiece({target, kept}, &at, &piece);) {
+      Piece left;
+      Address there = from.start + (piece.start - target);
+      if (NextPiece({there, piece.bytes()}, &there, &left)) continue;
+      Move(piece.start, piece.bytes(), piece.bytes(), MREMAP_MAYMOVE | MREMAP_FIXED, from.start + (piece.start - target));
+    }
+  }
+  Unmap(target, new_bytes);
+  return error;
+}
+
+}  // namespace ksmu::preload
