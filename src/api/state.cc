@@ -24,9 +24,36 @@ thread_local char t_last_error[320];
 // with the archive may come before ours.
 constinit engine::Settings g_settings;
 
+// Of whom somebody who waits can tell whether he waits for himself: a signal handler that forks.
+class HeldMutex {
+ public:
+  void lock() {
+    mutex_.lock();
+    holder_.store(&t_last_error, std::memory_order_relaxed);
+  }
+  bool try_lock() {
+    if (!mutex_.try_lock()) return false;
+    holder_.store(&t_last_error, std::memory_order_relaxed);
+    return true;
+  }
+  void unlock() {
+    holder_.store(nullptr, std::memory_order_relaxed);
+    mutex_.unlock();
+  }
+  bool held_here() const { return holder_.load(std::memory_order_relaxed) == &t_last_error; }
+  bool held_elsewhere() const {
+    const void* holder = holder_.load(std::memory_order_relaxed);
+    return holder && holder != &t_last_error;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::atomic<const void*> holder_{nullptr};  // something of the thread's; unknown for an instant before and after
+};
+
 struct State {
   // Held over starting, stopping and fork; never by a library thread, never while a command is carried out but the last.
-  std::mutex mutex;
+  HeldMutex mutex;
   std::atomic<engine::Runtime*> runtime{nullptr};
   std::atomic<std::int64_t> users{0};
   std::int64_t starts = 0;        // starts not yet taken back
@@ -189,20 +216,25 @@ void ForkChild() {
   s.starts_total = 0;
   s.pid.store(os::ProcessId(), std::memory_order_relaxed);
   KSMU_TEST_POINT("fork.child", 0, 0);
-  new (&s.mutex) std::mutex;
+  new (&s.mutex) HeldMutex;
 }
 
 }  // namespace
 
 // The thread may have been interrupted, by a signal whose handler forks, just where the mutex is held: not to be waited for.
+// Another thread's fork is: without a rest the child would see frames where it should see zeros.
 bool TryForkPrepare() {
   State& s = state();
   if (InRawChild()) return false;
-  for (int attempt = 0; !s.mutex.try_lock(); ++attempt) {
-    if (attempt == 1000) return false;
-    os::YieldThread();
+  for (int unknown = 0; !s.has_threads_in_hand.load(std::memory_order_acquire); os::YieldThread()) {
+    if (s.mutex.held_here()) return false;
+    if (s.mutex.held_elsewhere()) continue;
+    if (s.mutex.try_lock()) {
+      s.mutex.unlock();
+      break;
+    }
+    if (++unknown == 1000) return false;
   }
-  s.mutex.unlock();
   ForkPrepare();
   return true;
 }
@@ -214,7 +246,7 @@ void AfterRawClone() {
   s.pid.store(-1, std::memory_order_relaxed);  // whatever number it has: in a namespace of its own, perhaps the parent's
   t_fork_locked = t_fork_paused = false;
   g_inherited_holder.store(nullptr, std::memory_order_relaxed);
-  new (&s.mutex) std::mutex;
+  new (&s.mutex) HeldMutex;
 }
 
 EngineState CurrentState() {

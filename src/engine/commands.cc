@@ -125,6 +125,11 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
         Words* word = table_.Word(segment, (a - segment->start) / page_);
         if (!word) continue;
         Page page(word->load(std::memory_order_acquire));
+        // The audit puts off what moves that have not been followed may explain: of that nothing is known here.
+        if (page.covers() && !page.busy() && !pool_.Shows(mapping, a, page.value())) {
+          ForgetPage(a, word);
+          continue;
+        }
         if (page.state() != PageState::kResidue || !page.unconfirmed()) continue;
         if (page.discarded()) {  // shows its frame no more
           if (Change(word, page, page.WithState(PageState::kDropped).WithUnconfirmed(false))) pool_.Unpin(page.value());

@@ -66,25 +66,46 @@ long Unmergeable(void* at, size_t bytes) {
 // there would be none, the library does it.
 long Discard(void* at, size_t bytes, int advice) {
   const bool raw = ksmushim_state() == KSMU_SHIM_RUNNING && ksmushim_raw_discards_are_exact();
-  if (raw) {
+  if (raw || advice == kMadvDontneedLocked) {  // locked memory is not merged
     const long result = Kernel(at, bytes, advice);
     if (result != -EINVAL || advice != MADV_FREE) return result;
-    // Pages of frames cannot be freed lazily: they are discarded now, and what is not ours is the kernel's.
-    const Span span = PagesOf(at, bytes);
-    Address reached = span.start;
-    bool holes = false;
-    Piece piece;
-    for (Address next = span.start; NextPiece(span, &next, &piece); reached = piece.end) {
-      holes |= piece.start > reached;
-      void* const start = reinterpret_cast<void*>(piece.start);
-      const long error = piece.kind == Piece::kFrames ? ksmushim_discard(start, piece.bytes()) : Kernel(start, piece.bytes(), advice);
-      if (error) return error;
-    }
-    return holes || reached < span.end() ? -ENOMEM : 0;
-  } else if (advice == kMadvDontneedLocked) {
-    return Kernel(at, bytes, advice);  // locked memory is not merged
+  } else if (advice != MADV_FREE) {
+    return ksmushim_discard(at, bytes);
   }
-  return ksmushim_discard(at, bytes);
+  // Pages of frames cannot be freed lazily: they are discarded now. What is not ours is the kernel's, which frees no file's
+  // memory, and goes no further.
+  const Span span = PagesOf(at, bytes);
+  Address reached = span.start;
+  bool holes = false;
+  Piece piece;
+  for (Address next = span.start; NextPiece(span, &next, &piece); reached = piece.end) {
+    holes |= piece.start > reached;
+    void* const start = reinterpret_cast<void*>(piece.start);
+    const bool ours = piece.kind == Piece::kFrames || (piece.kind == Piece::kAnonymous && !raw);
+    if (const long error = ours ? ksmushim_discard(start, piece.bytes()) : Kernel(start, piece.bytes(), advice)) return error;
+  }
+  return holes || reached < span.end() ? -ENOMEM : 0;
+}
+
+// What is guarded is discarded: so what still shows frames, having been written since, need not be kept. Not what is locked, which
+// the kernel does not guard, nor what lies behind that: it goes no further.
+long GuardInstall(void* at, size_t bytes) {
+  const Span span = PagesOf(at, bytes);
+  Address reached = span.start;
+  bool holes = false;
+  Piece piece;
+  for (Address next = span.start; NextPiece(span, &next, &piece); reached = piece.end) {
+    holes |= piece.start > reached;
+    void* const start = reinterpret_cast<void*>(piece.start);
+    long result = 0;
+    if (piece.kind == Piece::kFrames) {
+      result = Kernel(start, piece.bytes(), MADV_DONTNEED);
+      if (result == 0) result = EmptyFrames({piece.start, piece.bytes()});
+    }
+    if (result == 0) result = Kernel(start, piece.bytes(), kMadvGuardInstall);
+    if (result) return result;
+  }
+  return holes || reached < span.end() ? -ENOMEM : 0;
 }
 
 // What lies before the first of our memory is the kernel's to answer for; that answers as private anonymous memory does.
@@ -94,7 +115,9 @@ long Remove(void* at, size_t bytes) {
   for (Address next = span.start; NextPiece(span, &next, &piece);) {
     if (piece.kind == Piece::kOther) continue;
     if (piece.start > span.start) {
-      if (const long result = Kernel(at, piece.start - span.start, MADV_REMOVE)) return result;
+      // A hole does not keep the kernel from going on.
+      const long result = Kernel(at, piece.start - span.start, MADV_REMOVE);
+      if (result && result != -ENOMEM) return result;
     }
     return -EINVAL;
   }
@@ -131,10 +154,8 @@ long DoMadvise(void* at, size_t bytes, int advice) {
     }
     case kMadvGuardInstall: {
       // Never on a merged page (it does not return); a guarded range is not merged from now on.
-      // What is guarded is discarded: so what still shows frames, having been written since, need not be kept.
       TakenOut regions(PagesOf(at, bytes), true);
-      long result = EmptyFrames(PagesOf(at, bytes));
-      if (result == 0) result = Kernel(at, bytes, advice);
+      const long result = GuardInstall(at, bytes);
       if (result) regions.PutBack();
       else g_seen.Set(PagesOf(at, bytes), Seen::kRefused);
       return result;

@@ -23,6 +23,9 @@ using os::raw::Direct;
 
 long L(const void* p) { return reinterpret_cast<long>(p); }
 
+// Where the addresses end that the kernel gives to a program which does not ask for more.
+constexpr Address kTop = (Address{1} << 47) - 4096;
+
 // The result of one of libc's functions as that of a system call.
 long Result(long result) {
   return result == -1 ? -errno : result;
@@ -123,9 +126,9 @@ long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
   // What the kernel refuses whatever is there, it refuses itself. And never more than one mapping to it: some kernels move a
   // part and fail (6.17), and what shows frames would grow into the frames' file.
   const auto target = reinterpret_cast<Address>(to);
-  const bool possible = (!placed || (target % os::SystemPageSize() == 0 && target + rounded > target &&
+  const bool possible = (!placed || (target % os::SystemPageSize() == 0 && target + rounded > target && target + rounded <= kTop &&
                                      (target + rounded <= old.start || target >= old.end()))) &&
-                        (flags & MREMAP_MAYMOVE || !(flags & (MREMAP_FIXED | MREMAP_DONTUNMAP))) && old.start + rounded > old.start;
+                        (flags & MREMAP_MAYMOVE || !(flags & (MREMAP_FIXED | MREMAP_DONTUNMAP))) && old.start + rounded > old.start && rounded <= kTop;
   const Shape shape = possible ? ShapeOf(old) : Shape{};
   const long result = shape.frames || (shape.uniform && shape.pieces > 1) ? MovePieces(old, rounded, flags, target) : plain();
   if (Failed(result)) {
@@ -178,6 +181,8 @@ long DoLock(long number, long a, long b, long c) {
   if (!Active() || (all && !(a & MCL_CURRENT)) || (!all && !Concerns(reinterpret_cast<void*>(a), static_cast<size_t>(b)))) {
     return plain();
   }
+  // As far as may be: locked, what shows frames could not leave them later.
+  if (ksmushim_state() == KSMU_SHIM_RUNNING) LeaveFrames(span, false);
   TakenOut locked(span, true);
   const long result = plain();
   if (result == 0) locked.ForEach([](Span part, int advice) { NoteLockedAdvice(part, advice); });

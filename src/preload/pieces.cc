@@ -131,8 +131,11 @@ bool LeaveFrames(Span span, bool patient) {
 long MovePieces(Span from, size_t new_bytes, int flags, Address to) {
   const Shape shape = ShapeOf(from);
   const bool moves = flags & (MREMAP_FIXED | MREMAP_DONTUNMAP), stays = flags & MREMAP_DONTUNMAP;
-  // To the program several mappings, or a hole: what the kernel says of that, which is nothing good where it changes size.
-  if (!shape.uniform && (new_bytes != from.bytes || !shape.pieces)) return -EFAULT;
+  // To the program several mappings, or holes: what the kernel says of that, which is nothing good where it changes size, or
+  // begins with a hole.
+  Piece first;
+  Address at = from.start;
+  if (!NextPiece(from, &at, &first) || first.start != from.start || (!shape.uniform && new_bytes != from.bytes)) return -EFAULT;
   if (stays && new_bytes != from.bytes) return -EINVAL;
   const size_t kept = new_bytes < from.bytes ? new_bytes : from.bytes;
   const size_t more = new_bytes - kept;
