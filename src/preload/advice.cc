@@ -62,6 +62,20 @@ long Unmergeable(void* at, size_t bytes) {
   return error == -ENOMEM || error == -EAGAIN ? error : result;
 }
 
+// Piece by piece, as the kernel goes: until one is refused; holes are passed over, and make it ENOMEM in the end.
+template <typename F>
+long ForEachPiece(void* at, size_t bytes, F&& f) {
+  const Span span = PagesOf(at, bytes);
+  Address reached = span.start;
+  bool holes = false;
+  Piece piece;
+  for (Address next = span.start; NextPiece(span, &next, &piece); reached = piece.end) {
+    holes |= piece.start > reached;
+    if (const long error = f(piece, reinterpret_cast<void*>(piece.start))) return error;
+  }
+  return holes || reached < span.end() ? -ENOMEM : 0;
+}
+
 // A discard. A raw one is exact while an engine is there; in a child whose engine sleeps, and where a promise was made that
 // there would be none, the library does it.
 long Discard(void* at, size_t bytes, int advice) {
@@ -74,38 +88,23 @@ long Discard(void* at, size_t bytes, int advice) {
   }
   // Pages of frames cannot be freed lazily: they are discarded now. What is not ours is the kernel's, which frees no file's
   // memory, and goes no further.
-  const Span span = PagesOf(at, bytes);
-  Address reached = span.start;
-  bool holes = false;
-  Piece piece;
-  for (Address next = span.start; NextPiece(span, &next, &piece); reached = piece.end) {
-    holes |= piece.start > reached;
-    void* const start = reinterpret_cast<void*>(piece.start);
+  return ForEachPiece(at, bytes, [&](const Piece& piece, void* start) {
     const bool ours = piece.kind == Piece::kFrames || (piece.kind == Piece::kAnonymous && !raw);
-    if (const long error = ours ? ksmushim_discard(start, piece.bytes()) : Kernel(start, piece.bytes(), advice)) return error;
-  }
-  return holes || reached < span.end() ? -ENOMEM : 0;
+    return ours ? ksmushim_discard(start, piece.bytes()) : Kernel(start, piece.bytes(), advice);
+  });
 }
 
 // What is guarded is discarded: so what still shows frames, having been written since, need not be kept. Not what is locked, which
 // the kernel does not guard, nor what lies behind that: it goes no further.
 long GuardInstall(void* at, size_t bytes) {
-  const Span span = PagesOf(at, bytes);
-  Address reached = span.start;
-  bool holes = false;
-  Piece piece;
-  for (Address next = span.start; NextPiece(span, &next, &piece); reached = piece.end) {
-    holes |= piece.start > reached;
-    void* const start = reinterpret_cast<void*>(piece.start);
+  return ForEachPiece(at, bytes, [](const Piece& piece, void* start) {
     long result = 0;
     if (piece.kind == Piece::kFrames) {
       result = Kernel(start, piece.bytes(), MADV_DONTNEED);
       if (result == 0) result = EmptyFrames({piece.start, piece.bytes()});
     }
-    if (result == 0) result = Kernel(start, piece.bytes(), kMadvGuardInstall);
-    if (result) return result;
-  }
-  return holes || reached < span.end() ? -ENOMEM : 0;
+    return result == 0 ? Kernel(start, piece.bytes(), kMadvGuardInstall) : result;
+  });
 }
 
 // What lies before the first of our memory is the kernel's to answer for; that answers as private anonymous memory does.

@@ -150,33 +150,32 @@ long MovePieces(Span from, size_t new_bytes, int flags, Address to) {
   const long place = MapAnonymous(to, new_bytes, PROT_NONE, flags & MREMAP_FIXED ? MAP_FIXED : 0);
   if (Failed(place)) return place;
   const auto target = static_cast<Address>(place);
-  const auto move_all = [&](Address there, Address here, int kind) {  // what lies in [there, ...) to [here, ...)
-    Piece piece;
-    const Span part{there, kept};
-    for (Address at = there; NextPiece(part, &at, &piece);) {
-      const int stay = kind && piece.kind == Piece::kAnonymous ? kind : 0;
-      const long moved = Move(piece.start, piece.bytes(), piece.bytes(), MREMAP_MAYMOVE | MREMAP_FIXED | stay, here + (piece.start - there));
-      if (Failed(moved)) return moved;
-      // What stays behind is empty.
-      if (kind && !stay) MapAnonymous(piece.start, piece.bytes(), piece.prot, MAP_FIXED);
+  // Holes are holes where it goes to, too: what lies there up to `done` is what has been moved.
+  size_t done = 0;
+  long error = 0;
+  Piece piece;
+  for (Address next = from.start; !error && NextPiece({from.start, kept}, &next, &piece);) {
+    const size_t offset = piece.start - from.start;
+    if (offset > done) Unmap(target + done, offset - done);
+    const bool left = stays && piece.kind == Piece::kAnonymous;
+    const long moved = Move(piece.start, piece.bytes(), piece.bytes(), MREMAP_MAYMOVE | MREMAP_FIXED | (left ? MREMAP_DONTUNMAP : 0), target + offset);
+    if (Failed(moved)) {
+      error = moved;
+      break;
     }
-    return 0L;
-  };
-  long error = move_all(from.start, target, stays ? MREMAP_DONTUNMAP : 0);
+    done = offset + piece.bytes();
+    // What stays behind is empty.
+    if (stays && !left) error = MapAnonymous(piece.start, piece.bytes(), piece.prot, MAP_FIXED);
+    if (!Failed(error)) error = 0;
+  }
+  if (!error && done < kept) Unmap(target + done, kept - done);
   if (!error && more) {
     const long made = MapAnonymous(target + kept, more, shape.prot, MAP_FIXED);
     error = Failed(made) ? made : 0;
   }
   if (!error) return place;
-  if (!stays) {
-    // Back, what has come: what has not is the reservation, which must not go there.
-    Piece piece;
-    for (Address at = target; NextPiece({target, kept}, &at, &piece);) {
-      Piece left;
-      Address there = from.start + (piece.start - target);
-      if (NextPiece({there, piece.bytes()}, &there, &left)) continue;
-      Move(piece.start, piece.bytes(), piece.bytes(), MREMAP_MAYMOVE | MREMAP_FIXED, from.start + (piece.start - target));
-    }
+  for (Address next = target; NextPiece({target, done}, &next, &piece);) {
+    Move(piece.start, piece.bytes(), piece.bytes(), MREMAP_MAYMOVE | MREMAP_FIXED, from.start + (piece.start - target));
   }
   Unmap(target, new_bytes);
   return error;
