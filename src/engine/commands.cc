@@ -391,6 +391,30 @@ int Engine::Unmerge(Span span) {
   return 0;
 }
 
+// What a sweep does about broken pages, where none comes by any more, or not in time.
+void Engine::LookAtCovering(Span span) {
+  os::ScanRequest look;
+  look.required = os::kPresent | os::kFile;
+  look.inverted = os::kFile;
+  look.returned = os::kPresent | os::kWritten;
+  look.write_protect = true;
+  std::array<os::PageRun, 64> runs;
+  for (Address at = span.start; at < span.end();) {
+    const os::ScanResult scan = system_.Scan({at, span.end() - at}, look, runs.data(), runs.size());
+    if (scan.error || scan.walked_to <= at) return;
+    for (std::size_t r = 0; r < scan.runs; ++r) {
+      for (Address a = runs[r].start; a < runs[r].end; a += page_) {
+        Words* word = table_.Find(a);
+        Page page(word ? word->load(std::memory_order_acquire) : 0);
+        if (page.busy() || (page.state() != PageState::kBroken && page.state() != PageState::kResidue)) continue;
+        if (runs[r].categories & os::kWritten) Change(word, page, page.WithStamp(NowSeconds()).WithTries(0));
+        else if (page.tries() == 0) Change(word, page, page.WithTries(1));
+      }
+    }
+    at = scan.walked_to;
+  }
+}
+
 // What is merged is left to Unmerge, whose copies are made from frames. What was written since must not be replaced while a
 // write of the kernel's can be under way, and so the rule for merging again holds: unwritten for remerge_seconds, by the
 // sweeps; by a look of its own where that is 0.
@@ -405,17 +429,13 @@ int Engine::HandOver(Span span) {
     if (page.state() != PageState::kBroken && page.state() != PageState::kResidue) return false;
     return (page.tries() >= 1 || seconds == 0) && OldEnough(page, now, seconds);
   };
-  os::ScanRequest look;  // as the sweeps do
-  look.required = os::kPresent | os::kFile;
-  look.inverted = os::kFile;
-  look.returned = os::kPresent;
-  look.write_protect = true;
   CountMappings(true);
   int result = 0;
   bool no_pins = false;
   Region region;
   for (Address at = span.start; NextIn(span, &at, &region);) {
-    ConfirmBreaks(region.span());
+    if (region.kind == Region::kMergeable) ConfirmBreaks(region.span());
+    if (region.kind == Region::kRetired) LookAtCovering(region.span());
     for (Segment* segment = table_.NextSegment(region.start); segment && segment->start < region.end;
          segment = table_.NextSegment(segment->start + kSegmentBytes)) {
       const Address high = std::min(region.end, segment->start + kSegmentBytes);
@@ -442,8 +462,7 @@ int Engine::HandOver(Span span) {
         a = end;
         if (first.state() != PageState::kDropped && !no_pins && !(no_pins = system_.NoLongTermPins())) return -EPERM;
         // What is written from here on is seen when the run has been taken, and goes back itself.
-        std::array<os::PageRun, kMaxRunPages> found;
-        if (seconds == 0) system_.Scan(run, look, found.data(), found.size());
+        if (seconds == 0) LookAtCovering(run);
         if (!LeavesMappings(kUnmergingLeaves) || Detach(region, run, first.state()) != 0) result = -EAGAIN;
       }
     }

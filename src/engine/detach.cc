@@ -62,8 +62,9 @@ bool Engine::CopyHeld() {
   for (std::size_t i = 0; i < n; ++i) {
     const Page page = table_.Load(hold_.run.start + i * page_);
     const bool own = IsPrivate(taken_to + i * page_, true);
-    // Written since the last sweep, and so perhaps pinned: this very page has to go back.
-    held_written_[i] = page.state() == PageState::kBroken ? held_written_[i] : own;
+    // Written since the last look at it, and so perhaps pinned: this very page has to go back.
+    const bool looked_at = page.state() == PageState::kBroken || page.state() == PageState::kResidue;
+    held_written_[i] = looked_at ? held_written_[i] : own;
     // Discarded and not written since: reads as zeros. The rest is read where it is, also what should map its frame: it
     // can have been written, and swapped out, since anybody looked.
     held_filled_[i] = own || !(page.state() == PageState::kDropped || held_marks_[i]);

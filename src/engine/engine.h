@@ -173,6 +173,7 @@ class Engine {
   std::size_t SweepPart(const Region& region, Address segment, std::size_t low, std::size_t high, const Bitmaps& bits,
                         bool now);
   void ConfirmBreaks(Span span);
+  void LookAtCovering(Span span);
   void ReclaimFrames(bool at_once);
   void Audit(const Region& region);  // forgets what was unmapped without a word
   bool Later(Page page) const;       // kUnmerged: its time has not come

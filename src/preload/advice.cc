@@ -80,11 +80,17 @@ long ForEachPiece(void* at, size_t bytes, F&& f) {
 // there would be none, the library does it.
 long Discard(void* at, size_t bytes, int advice) {
   const bool raw = ksmushim_state() == KSMU_SHIM_RUNNING && ksmushim_raw_discards_are_exact();
-  if (raw || advice == kMadvDontneedLocked) {  // locked memory is not merged
+  if (raw) {
     const long result = Kernel(at, bytes, advice);
     if (result != -EINVAL || advice != MADV_FREE) return result;
-  } else if (advice != MADV_FREE) {
+  } else if (advice == MADV_DONTNEED) {
     return ksmushim_discard(at, bytes);
+  } else if (advice == kMadvDontneedLocked) {
+    // Refused only where it is locked: nothing is merged there.
+    return ForEachPiece(at, bytes, [&](const Piece& piece, void* start) {
+      const long result = ksmushim_discard(start, piece.bytes());
+      return result == -EINVAL ? Kernel(start, piece.bytes(), advice) : result;
+    });
   }
   // Pages of frames cannot be freed lazily: they are discarded now. What is not ours is the kernel's, which frees no file's
   // memory, and goes no further.

@@ -128,7 +128,8 @@ long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
   const auto target = reinterpret_cast<Address>(to);
   const bool possible = (!placed || (target % os::SystemPageSize() == 0 && target + rounded > target && target + rounded <= kTop &&
                                      (target + rounded <= old.start || target >= old.end()))) &&
-                        (flags & MREMAP_MAYMOVE || !(flags & (MREMAP_FIXED | MREMAP_DONTUNMAP))) && old.start + rounded > old.start && rounded <= kTop;
+                        (flags & MREMAP_MAYMOVE || !(flags & (MREMAP_FIXED | MREMAP_DONTUNMAP))) &&
+                        (!(flags & MREMAP_DONTUNMAP) || rounded == old.bytes) && old.start + rounded > old.start && rounded <= kTop;
   const Shape shape = possible ? ShapeOf(old) : Shape{};
   const long result = shape.frames || (shape.uniform && shape.pieces > 1) ? MovePieces(old, rounded, flags, target) : plain();
   if (Failed(result)) {
@@ -171,14 +172,22 @@ long DoMprotect(void* at, size_t bytes, int prot, int key, bool with_key) {
   return result;
 }
 
+namespace {
+// What a lock concerns: it need not begin with a page, and takes the whole of each that it touches.
+Span PagesLocked(long start, long bytes) {
+  const auto inside = static_cast<Address>(start) % os::SystemPageSize();
+  return PagesOf(reinterpret_cast<void*>(static_cast<Address>(start) - inside), static_cast<size_t>(bytes) + inside);
+}
+}  // namespace
+
 // Locked memory is not to be merged: it gets its own pages back first. It stays known as a region that cannot be merged at
 // the moment, and becomes one again when it is unlocked.
 long DoLock(long number, long a, long b, long c) {
   const bool all = number == SYS_mlockall;
-  const Span span = all ? Span{0, Address{1} << 48} : PagesOf(reinterpret_cast<void*>(a), static_cast<size_t>(b));
+  const Span span = all ? Span{0, Address{1} << 48} : PagesLocked(a, b);
   const auto plain = [&] { return Direct(number, a, b, c); };
   // MCL_FUTURE alone locks nothing that is there.
-  if (!Active() || (all && !(a & MCL_CURRENT)) || (!all && !Concerns(reinterpret_cast<void*>(a), static_cast<size_t>(b)))) {
+  if (!Active() || (all && !(a & MCL_CURRENT)) || (!all && !Concerns(reinterpret_cast<void*>(span.start), span.bytes))) {
     return plain();
   }
   // As far as may be: locked, what shows frames could not leave them later.
@@ -194,7 +203,7 @@ long DoUnlock(long number, long a, long b) {
   const long result = Direct(number, a, b);
   if (result || !Active() || ksmushim_state() != KSMU_SHIM_RUNNING) return result;
   const bool all = number == SYS_munlockall;
-  const Span span = all ? Span{0, Address{1} << 48} : PagesOf(reinterpret_cast<void*>(a), static_cast<size_t>(b));
+  const Span span = all ? Span{0, Address{1} << 48} : PagesLocked(a, b);
   ReadviseUnlocked(span);
   return result;
 }

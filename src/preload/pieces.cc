@@ -5,6 +5,7 @@
 
 #include "api/shim.h"
 #include "os/raw.h"
+#include "os/thread.h"
 #include "preload/next.h"
 
 namespace ksmu::preload {
@@ -45,13 +46,30 @@ long ForEachFrames(Span span, F&& f) {
   return 0;
 }
 
-// The part that a mapping gains at its end, where it cannot grow by itself: it would show what else lies in the frames' file.
-long AddBehind(Address end, size_t bytes, int prot) {
-  const long made = MapAnonymous(end, bytes, prot, MAP_FIXED_NOREPLACE);
+// msync(2): EBUSY where a memory lock exists. Nothing is written.
+bool IsLocked(Address at) { return Direct(SYS_msync, L(at), static_cast<long>(os::SystemPageSize()), MS_INVALIDATE) == -EBUSY; }
+
+// What a piece that shows frames gains at its end, where it cannot grow by itself: it would show what else lies in their file.
+long AddBehind(const Piece& last, Address at, size_t bytes, int how) {
+  const long made = MapAnonymous(at, bytes, last.prot, how | (IsLocked(last.start) ? MAP_LOCKED : 0));
   if (Failed(made)) return made == -EEXIST ? -ENOMEM : made;
-  if (made == L(end)) return 0;
+  if (made == L(at)) return 0;
   Unmap(static_cast<Address>(made), bytes);  // a kernel that takes the address for a hint
   return -ENOMEM;
+}
+
+// In place. What is anonymous grows as the kernel has it, with all its attributes.
+long GrowInPlace(const Piece& last, size_t more) {
+  if (last.kind == Piece::kFrames) return AddBehind(last, last.end, more, MAP_FIXED_NOREPLACE);
+  const long grown = Move(last.start, last.bytes(), last.bytes() + more, 0, 0);
+  return Failed(grown) ? grown : 0;
+}
+
+Piece LastOf(Span span) {
+  Piece last{};
+  for (Address at = span.start; NextPiece(span, &at, &last);) {
+  }
+  return last;
 }
 
 }  // namespace
@@ -136,7 +154,6 @@ long MovePieces(Span from, size_t new_bytes, int flags, Address to) {
   Piece first;
   Address at = from.start;
   if (!NextPiece(from, &at, &first) || first.start != from.start || (!shape.uniform && new_bytes != from.bytes)) return -EFAULT;
-  if (stays && new_bytes != from.bytes) return -EINVAL;
   const size_t kept = new_bytes < from.bytes ? new_bytes : from.bytes;
   const size_t more = new_bytes - kept;
   if (kept < from.bytes) {
@@ -144,7 +161,7 @@ long MovePieces(Span from, size_t new_bytes, int flags, Address to) {
   }
   if (!moves) {
     if (!more) return L(from.start);
-    const long error = AddBehind(from.end(), more, shape.prot);
+    const long error = GrowInPlace(LastOf(from), more);
     if (!error || !(flags & MREMAP_MAYMOVE)) return error ? error : L(from.start);
   }
   const long place = MapAnonymous(to, new_bytes, PROT_NONE, flags & MREMAP_FIXED ? MAP_FIXED : 0);
@@ -158,7 +175,14 @@ long MovePieces(Span from, size_t new_bytes, int flags, Address to) {
     const size_t offset = piece.start - from.start;
     if (offset > done) Unmap(target + done, offset - done);
     const bool left = stays && piece.kind == Piece::kAnonymous;
-    const long moved = Move(piece.start, piece.bytes(), piece.bytes(), MREMAP_MAYMOVE | MREMAP_FIXED | (left ? MREMAP_DONTUNMAP : 0), target + offset);
+    size_t grown = more && piece.end == from.start + kept ? more : 0;
+    if (grown && piece.kind == Piece::kFrames) {
+      error = AddBehind(piece, target + kept, grown, MAP_FIXED);
+      grown = 0;
+    }
+    if (error) break;
+    const int how = MREMAP_MAYMOVE | MREMAP_FIXED | (left ? MREMAP_DONTUNMAP : 0);
+    const long moved = Move(piece.start, piece.bytes(), piece.bytes() + grown, how, target + offset);
     if (Failed(moved)) {
       error = moved;
       break;
@@ -169,10 +193,6 @@ long MovePieces(Span from, size_t new_bytes, int flags, Address to) {
     if (!Failed(error)) error = 0;
   }
   if (!error && done < kept) Unmap(target + done, kept - done);
-  if (!error && more) {
-    const long made = MapAnonymous(target + kept, more, shape.prot, MAP_FIXED);
-    error = Failed(made) ? made : 0;
-  }
   if (!error) return place;
   for (Address next = target; NextPiece({target, done}, &next, &piece);) {
     Move(piece.start, piece.bytes(), piece.bytes(), MREMAP_MAYMOVE | MREMAP_FIXED, from.start + (piece.start - target));

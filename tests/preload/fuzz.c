@@ -15,6 +15,8 @@
  *   (docs/preload.md). Whether it is several, the run without the shim knows: it writes it to the file DECISIONS, from which
  *   the other run reads it.
  * - mremap of memory with DONTFORK or WIPEONFORK: where it has to copy, these are not carried over (docs/limits.md).
+ * - WIPEONFORK and UFFDIO_REGISTER of locked and of executable memory, where what was written after it was merged cannot leave the
+ *   frames' mapping, and in a child that merges itself, where what the parent has merged cannot (docs/limits.md).
  * - DONTUNMAP of locked memory: the kernel unlocks all of the mapping of which a part is moved.
  * - What COLLAPSE says: whether huge pages are to be had is the machine's affair, and how mappings are cut matters.
  * - The pages that mincore counts: dropped zero pages are not there. Its result and errno are compared.
@@ -150,7 +152,7 @@ static void do_mprotect(World *w) {
            : how == 1 ? pkey_mprotect(at(w, start), size_of(count), prot, -1)
                       : mprotect(at(w, start), size_of(count), prot);
   say(w, "mprotect %x %x %d: %s", start, count, prot, result(r));
-  for (int i = start; i < start + count && model(w, i)->mapped; i++) w->page[i].prot = (uint8_t)(prot & (PROT_READ | PROT_WRITE));
+  for (int i = start; i < start + count && model(w, i)->mapped; i++) w->page[i].prot = (uint8_t)prot;
   look(w, start, count);
 }
 
@@ -199,6 +201,12 @@ static int advised(World *w, int page, int advice) {
     default: return 1;
   }
 }
+/* Pages that may have to stay in a frame's mapping. */
+static int stuck(World *w, int start, int count) {
+  if (w->depth && !w->bare) return 1;
+  for (int i = start; i < start + count; i++) if (model(w, i)->locked || (model(w, i)->prot & PROT_EXEC)) return 1;
+  return 0;
+}
 static void do_madvise(World *w) {
   int start, count, all = 0, which = 0;
   if (!pick(w, 1, &start, &count)) return;
@@ -207,6 +215,7 @@ static void do_madvise(World *w) {
   const int advice = kAdvice[which].number, how = below(w, 10);
   if ((advice == kGuardInstall || advice == kGuardRemove) && !g_guards) return;
   if (advice == MADV_MERGEABLE && w->bare) return;
+  if (advice == MADV_WIPEONFORK && stuck(w, start, count)) return;
   for (int i = start; i < start + count; i++) {
     const Page *p = model(w, i);
     /* Kernels differ in whether it has to be writable. */
@@ -479,6 +488,7 @@ static void do_userfaultfd(World *w) {
   int start, count;
   if (!pick(w, 1, &start, &count) || count > 64) return;
   for (int i = start; i < start + count; i++) if (model(w, i)->mapped && model(w, i)->kind != kAnonymous) return;
+  if (stuck(w, start, count)) return;
   const int missing = one_in(w, 2);
   int fd = (int)syscall(SYS_userfaultfd, (long)(O_CLOEXEC | O_NONBLOCK));
   struct uffdio_api api = {UFFD_API, missing ? 0 : UFFD_FEATURE_WP_ASYNC, 0};
