@@ -214,6 +214,36 @@ static void case_move(void) {
   say_address("a hole", mremap(m, kBytes, 2 * kBytes, MREMAP_MAYMOVE));
 }
 
+/* A move that is refused in the middle, where it is one of several pieces: whether it moves is not the same, but nothing is lost. */
+static void case_move_refused(void) {
+  unsigned char *m = merged(), *to = mmap((void *)0x300000000000, 2 * kBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const unsigned low = (unsigned)(uintptr_t)to;
+  struct sock_filter filter[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_mremap, 0, 4),
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[4])),
+      BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, low + 20 * kPage, 0, 2),
+      BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, low + 2 * kBytes, 1, 0),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOMEM),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  struct sock_fprog program = {sizeof filter / sizeof *filter, filter};
+  prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+  say("filter", prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program, 0, 0));
+  for (int form = 0; form < 3; form++) {
+    const size_t bytes = 48 * kPage, more = form == 2 ? bytes + 8 * kPage : bytes;
+    unsigned char *from = m + 8 * kPage, *got;
+    merge_at_least(m, kBytes, 0);
+    for (int i = 8; i < 56; i += 2) ((volatile unsigned char *)m)[i * kPage] = m[i * kPage]; /* stays where it is */
+    got = mremap(from, bytes, more, MREMAP_MAYMOVE | MREMAP_FIXED | (form == 1 ? MREMAP_DONTUNMAP : 0), to);
+    if (g_get && got != MAP_FAILED) printf("form %d: one mapping only\n", form);
+    say_sum("then", got == MAP_FAILED ? from : got, bytes);
+    if (got == MAP_FAILED) continue;
+    if (mremap(got, more, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, from) != from) printf("no way back\n");
+  }
+  say_sum("in the end", m, kBytes);
+}
+
 static void case_unmergeable(void) {
   unsigned char *m = merged();
   say("unmergeable", madvise(m, kBytes / 2, MADV_UNMERGEABLE));
@@ -683,6 +713,7 @@ static const struct {
     {"write", case_write},       {"discard", case_discard},         {"remove", case_remove},     {"wipe", case_wipe},
     {"collapse", case_collapse}, {"guard", case_guard},             {"dontfork", case_dontfork}, {"protect", case_protect},
     {"lock", case_lock},         {"unmap", case_unmap},             {"replace", case_replace},   {"move", case_move},
+    {"move_refused", case_move_refused},
     {"unmergeable", case_unmergeable}, {"fork", case_fork},         {"clone", case_clone},       {"userfaultfd", case_userfaultfd},
     {"syscall", case_syscall}, {"leftovers", case_leftovers}, {"refused", case_refused}, {"errno", case_errno},   {"stack", case_stack},             {"memory_merge", case_memory_merge},
     {"memory_merge_inherited", case_memory_merge_inherited},        {"handed_over", case_handed_over}, {"name", case_name},         {"churn", case_churn},       {"automatic", case_automatic},
