@@ -425,7 +425,7 @@ int Engine::HandOver(Span span) {
   const auto may = [&](Address a) {
     const Page page = table_.Load(a);
     if (page.busy() || page.unconfirmed()) return false;
-    if (page.state() == PageState::kDropped) return IsZapped(a);
+    if (IsEmptied(a, page)) return true;
     if (page.state() != PageState::kBroken && page.state() != PageState::kResidue) return false;
     return (page.tries() >= 1 || seconds == 0) && OldEnough(page, now, seconds);
   };
@@ -543,7 +543,7 @@ void Engine::DetachEverything() {
     const Page page = table_.Load(a);
     if (page.busy() || page.unconfirmed()) return false;
     // Written, and perhaps pinned, since the last sweep: not known as broken yet.
-    if (page.state() == PageState::kDropped) return IsZapped(a);
+    if (IsEmptied(a, page)) return true;
     if (page.state() == PageState::kMerged) return !IsPrivate(a);
     return (page.state() == PageState::kBroken || page.state() == PageState::kResidue) && no_pins && page.tries() >= 1 &&
            OldEnough(page, now, seconds);

@@ -294,6 +294,7 @@ class Engine {
   void WakeRun(Span run);
   void UnmapTaken(Address taken_to, std::size_t bytes);
   bool IsZapped(Address a);
+  bool IsEmptied(Address a, Page page);
   bool HasCopy(Address a);
   bool IsPrivate(Address a, bool unmarked = false);
 

@@ -379,6 +379,11 @@ bool Engine::IsZapped(Address a) {
   return !scan.error && (scan.runs == 0 || (run.categories & os::kPfnZero));
 }
 
+// Discarded, and not used since.
+bool Engine::IsEmptied(Address a, Page page) {
+  return (page.state() == PageState::kDropped || (page.state() == PageState::kResidue && page.discarded())) && IsZapped(a);
+}
+
 // True if the page is the process's own, not a frame: present or swapped out.
 bool Engine::IsPrivate(Address a, bool unmarked) {
   os::ScanRequest request;
