@@ -24,31 +24,27 @@ thread_local char t_last_error[320];
 // with the archive may come before ours.
 constinit engine::Settings g_settings;
 
-// Of whom somebody who waits can tell whether he waits for himself: a signal handler that forks.
+// Of which a thread can tell whether it has it, or is about to: a signal handler that forks must not wait for itself.
+thread_local int t_in_mutex = 0;
 class HeldMutex {
  public:
   void lock() {
+    ++t_in_mutex;
     mutex_.lock();
-    holder_.store(&t_last_error, std::memory_order_relaxed);
   }
-  bool try_lock() {
+  bool try_lock() {  // with signals blocked
     if (!mutex_.try_lock()) return false;
-    holder_.store(&t_last_error, std::memory_order_relaxed);
+    ++t_in_mutex;
     return true;
   }
   void unlock() {
-    holder_.store(nullptr, std::memory_order_relaxed);
     mutex_.unlock();
+    if (t_in_mutex) --t_in_mutex;  // in a child that such a handler has made it is none
   }
-  bool held_here() const { return holder_.load(std::memory_order_relaxed) == &t_last_error; }
-  bool held_elsewhere() const {
-    const void* holder = holder_.load(std::memory_order_relaxed);
-    return holder && holder != &t_last_error;
-  }
+  bool held_here() const { return t_in_mutex != 0; }
 
  private:
   std::mutex mutex_;
-  std::atomic<const void*> holder_{nullptr};  // something of the thread's; unknown for an instant before and after
 };
 
 struct State {
@@ -74,6 +70,7 @@ State& state() { return g_state; }
 // Where a forked child finds what it inherits: this memory is copied by fork, the engine's own is not.
 constinit engine::Inheritance g_inheritance;
 constinit std::atomic<bool> g_promise{false};
+constinit std::atomic<bool> g_files_unknown{false};  // frames of an engine that was not at rest when this child was forked
 constinit std::atomic<const void*> g_inherited_holder{nullptr};  // something of the thread's that has the list
 
 // The list of inherited regions, while it is read or changed. Held over nothing that allocates or starts a thread. A signal
@@ -168,25 +165,58 @@ int ReadEnvironment(engine::RuntimeOptions* options) {
   return 0;
 }
 
-// What this thread's fork handler has done.
-thread_local bool t_fork_locked = false, t_fork_paused = false;
+// What this thread's fork handlers have done.
+struct ForkInHand {
+  int depth = 0;  // of a fork in a handler of another one only the outermost counts
+  bool locked = false;
+  engine::Runtime* paused = nullptr;
+  std::uint64_t signals = 0;  // the mask before
+};
+thread_local ForkInHand t_fork;
 
-// The mutex is waited for, but not while whoever holds it starts or joins threads: that allocates and frees, and an
-// allocator's own fork handler may have taken all its locks before this one. Nothing is merged at such a moment.
-void ForkPrepare() {
+// The scanner comes to rest, whoever has the mutex. libc's fork (`patient`) waits for that, too, so that no start and no stop is
+// half done in the child; but not while whoever holds it starts or joins threads: that allocates and frees, and an allocator's
+// own fork handler may have taken all its locks before this one. Who may fork in a signal handler waits for nobody: the thread
+// that has it may wait, in another fork, for what the interrupted code holds.
+//
+// Signals wait until the fork is over: a handler that forks would wait for libc's list of fork handlers, which is locked from
+// before to after in a process with several threads, as it is one by the library's.
+void BeginFork(bool patient) {
   State& s = state();
-  while (!(t_fork_locked = s.mutex.try_lock()) && !s.has_threads_in_hand.load(std::memory_order_acquire)) os::YieldThread();
-  engine::Runtime* runtime = s.runtime.load(std::memory_order_acquire);
-  t_fork_paused = t_fork_locked && runtime && s.pid == os::ProcessId();
-  if (!t_fork_paused) return;
+  if (t_fork.depth++) return;
+  t_fork.signals = os::BlockSignals();
+  t_fork.locked = false;
+  while (!s.mutex.held_here() && !(t_fork.locked = s.mutex.try_lock()) && patient &&
+         !s.has_threads_in_hand.load(std::memory_order_acquire)) {
+    os::YieldThread();
+  }
+  s.users.fetch_add(1, std::memory_order_seq_cst);
+  engine::Runtime* const runtime = s.runtime.load(std::memory_order_seq_cst);
+  if (!runtime || s.pid != os::ProcessId()) {
+    s.users.fetch_sub(1, std::memory_order_seq_cst);
+    return;
+  }
   runtime->Pause();
+  t_fork.paused = runtime;
   KSMU_TEST_POINT("fork.prepare", 0, 0);
 }
+void ForkPrepare() { BeginFork(true); }
 
 void ForkParent() {
   State& s = state();
-  if (std::exchange(t_fork_paused, false)) s.runtime.load(std::memory_order_acquire)->Resume();
-  if (std::exchange(t_fork_locked, false)) s.mutex.unlock();
+  if (t_fork.depth == 0 || --t_fork.depth) return;
+  if (engine::Runtime* const paused = std::exchange(t_fork.paused, nullptr)) {
+    paused->Resume();
+    s.users.fetch_sub(1, std::memory_order_seq_cst);
+  }
+  if (std::exchange(t_fork.locked, false)) s.mutex.unlock();
+  os::RestoreSignals(t_fork.signals);
+}
+
+// In a child, when all is as it is to be: the fork in hand was the parent's.
+void ForgetFork() {
+  t_in_mutex = 0;
+  if (const ForkInHand fork = std::exchange(t_fork, {}); fork.depth) os::RestoreSignals(fork.signals);
 }
 
 // Around what starts or joins threads, under the mutex.
@@ -204,38 +234,28 @@ void ForkChild() {
   s.runtime.store(nullptr, std::memory_order_relaxed);
   s.users.store(0, std::memory_order_relaxed);
   s.stopping.store(false, std::memory_order_relaxed);
-  // Forked without a rest: just started, and with nothing to inherit yet.
-  if (!std::exchange(t_fork_paused, false)) g_inheritance.known().count = 0;
-  t_fork_locked = false;
+  // Forked without a rest, as it was being started: nothing is known of what the engine had done by then.
+  const bool rested = t_fork.paused;
+  if (!rested) g_inheritance.known().count = 0;
   s.has_threads_in_hand.store(false, std::memory_order_relaxed);
   g_inherited_holder.store(nullptr, std::memory_order_relaxed);
   if (had) {
     s.inherited.store(true, std::memory_order_relaxed);
+    if (!rested) g_files_unknown.store(true, std::memory_order_relaxed);
     g_inheritance.file_count.store(g_inheritance.child_file_count, std::memory_order_relaxed);
   }
   s.starts_total = 0;
   s.pid.store(os::ProcessId(), std::memory_order_relaxed);
   KSMU_TEST_POINT("fork.child", 0, 0);
   new (&s.mutex) HeldMutex;
+  ForgetFork();
 }
 
 }  // namespace
 
-// The thread may have been interrupted, by a signal whose handler forks, just where the mutex is held: not to be waited for.
-// Another thread's fork is: without a rest the child would see frames where it should see zeros.
 bool TryForkPrepare() {
-  State& s = state();
   if (InRawChild()) return false;
-  for (int unknown = 0; !s.has_threads_in_hand.load(std::memory_order_acquire); os::YieldThread()) {
-    if (s.mutex.held_here()) return false;
-    if (s.mutex.held_elsewhere()) continue;
-    if (s.mutex.try_lock()) {
-      s.mutex.unlock();
-      break;
-    }
-    if (++unknown == 1000) return false;
-  }
-  ForkPrepare();
+  BeginFork(false);
   return true;
 }
 void AfterForkInParent() { ForkParent(); }
@@ -244,9 +264,9 @@ void AfterRawClone() {
   State& s = state();
   s.runtime.store(nullptr, std::memory_order_relaxed);
   s.pid.store(-1, std::memory_order_relaxed);  // whatever number it has: in a namespace of its own, perhaps the parent's
-  t_fork_locked = t_fork_paused = false;
   g_inherited_holder.store(nullptr, std::memory_order_relaxed);
   new (&s.mutex) HeldMutex;
+  ForgetFork();
 }
 
 EngineState CurrentState() {
@@ -349,7 +369,9 @@ int Fail(int error, const char* sentence) {
 
 const char* LastError() { return t_last_error; }
 engine::Settings& settings() { return g_settings; }
-bool HasLeftovers() { return g_inheritance.file_count.load(std::memory_order_acquire) != 0; }
+bool HasLeftovers() {
+  return g_inheritance.file_count.load(std::memory_order_acquire) != 0 || g_files_unknown.load(std::memory_order_relaxed);
+}
 std::int64_t Starts() { return state().starts_total; }
 bool InRawChild() {
   int pid = state().pid.load(std::memory_order_relaxed);

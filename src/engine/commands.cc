@@ -366,6 +366,12 @@ bool Engine::HasHoles(Span span) {
   return ForEachMapping(system_, span, [](Span, const os::Mapping&) {});
 }
 
+int Engine::FindMapping(Address a, os::Mapping* out, bool* frames) {
+  const int error = system_.QueryMapping(a, out);
+  *frames = !error && (pool_.IsPoolMapping(*out) || IsInherited(*out));
+  return error;
+}
+
 void Engine::FillAllMarked() {
   for (Segment* segment = table_.NextSegment(0); segment; segment = table_.NextSegment(segment->start + kSegmentBytes)) {
     FillMarked({segment->start, kSegmentBytes});
@@ -396,7 +402,7 @@ void Engine::LookAtCovering(Span span) {
   os::ScanRequest look;
   look.required = os::kPresent | os::kFile;
   look.inverted = os::kFile;
-  look.returned = os::kPresent | os::kWritten;
+  look.returned = os::kPresent | os::kWritten | os::kPfnZero;
   look.write_protect = true;
   std::array<os::PageRun, 64> runs;
   for (Address at = span.start; at < span.end();) {
@@ -406,7 +412,12 @@ void Engine::LookAtCovering(Span span) {
       for (Address a = runs[r].start; a < runs[r].end; a += page_) {
         Words* word = table_.Find(a);
         Page page(word ? word->load(std::memory_order_acquire) : 0);
-        if (page.busy() || (page.state() != PageState::kBroken && page.state() != PageState::kResidue)) continue;
+        if (page.busy() || (runs[r].categories & os::kPfnZero)) continue;
+        if (page.state() == PageState::kDropped) {  // used again
+          Change(word, page, page.WithState(PageState::kResidue).WithStamp(NowSeconds()).WithTries(0));
+          continue;
+        }
+        if (page.state() != PageState::kBroken && page.state() != PageState::kResidue) continue;
         if (runs[r].categories & os::kWritten) Change(word, page, page.WithStamp(NowSeconds()).WithTries(0));
         else if (page.tries() == 0) Change(word, page, page.WithTries(1));
       }

@@ -67,6 +67,8 @@ class Engine {
   // pages have to be left alone for a while yet; -EPERM: they may be pinned for good.
   int HandOver(Span span);
   bool HasHoles(Span span);
+  // The first mapping that ends behind the address, and whether it shows frames, ours or a parent's. 0 or -errno.
+  int FindMapping(Address a, os::Mapping* out, bool* frames);
   bool HasForeign() const { return foreign_at_ != 0; }
   int Release(Span span);
   // With `tend`, what has been discarded is taken back to anonymous memory where it can be at once.

@@ -55,7 +55,8 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
       // What the caller has judged must be what is taken.
       if (page.state() != expected || page.busy()) return false;
       // Used and discarded again since: that its zap is still to come shows in what is there.
-      if (expected == PageState::kDropped ? !IsZapped(a) : page.discarded() && !OldEnough(page, now, 0)) return false;
+      const bool may_wait = expected == PageState::kDropped || (page.discarded() && !OldEnough(page, now, 0));
+      if (may_wait && !IsZapped(a)) return false;
     }
     std::size_t i = 0;
     for (Address a = run.start; a < run.end(); a += page_, ++i) {

@@ -14,6 +14,10 @@ namespace ksmu::engine {
 using frames::Frame;
 using frames::kNoFrame;
 
+namespace {
+constexpr int kChainLook = 1024;
+}  // namespace
+
 // The next sweep is to look at the page's segment, which need not be the one in hand.
 void Engine::Unsettle(Address a) {
   if (Segment* segment = table_.FindSegment(a); segment && segment->unsettled == 0) segment->unsettled = 1;
@@ -131,8 +135,10 @@ std::uint32_t Engine::HashOf(const std::byte* bytes) const {
 Frame Engine::FrameWithRoom(Frame head, Address page, const std::byte* bytes) {
   const Planned* last = plan_size_ ? &plan_[plan_size_ - 1] : nullptr;
   const Frame expected = last && last->page + page_ == page ? last->frame + 1 : kNoFrame;
+  // Far: the head has room unless it was filled just now, and then the rest is looked at once in max_page_sharing pages. What
+  // was passed over would keep its room for good.
   int looked = 0;
-  for (Frame f = head; f != kNoFrame && looked < 16; f = pool_.next(f), ++looked) {
+  for (Frame f = head; f != kNoFrame && looked < kChainLook; f = pool_.next(f), ++looked) {
     if (HasRoom(f) && (f == expected || content::Equal(pool_.Bytes(f), bytes, page_))) return f;
   }
   return kNoFrame;

@@ -248,12 +248,13 @@ bool Runtime::RunCommands() {
     Run(&oldest->command, oldest);
     const bool stopped = oldest->command.kind == Command::kStop && oldest->command.result == 0;
     if (stopped) {
+      // Before anybody is told that there is no engine: discards are not plain ones from then on.
+      options_.inheritance->KeepFiles(*engine_);
+      options_.inheritance->file_count.store(options_.inheritance->child_file_count, std::memory_order_release);
       stopping_.store(true, std::memory_order_seq_cst);
       end_events_.store(true, std::memory_order_release);
       system_->Notify();
       os::JoinThread(event_);
-      options_.inheritance->KeepFiles(*engine_);
-      options_.inheritance->file_count.store(options_.inheritance->child_file_count, std::memory_order_release);
       options_.inheritance->known().count = 0;
       Report();
       const std::uint64_t now = system_->NowNanoseconds();
@@ -353,6 +354,9 @@ void Runtime::Run(Command* command, Slot* slot, bool parked) {
       break;
     case Command::kCall:
       command->result = engine.CallForProgram(command->span, command->number, command->arguments);
+      break;
+    case Command::kFind:
+      command->result = engine.FindMapping(command->span.start, &command->mapping, &command->frames);
       break;
     case Command::kMerge: {
       struct Cookie {
@@ -457,6 +461,7 @@ bool Runtime::MayRunWhileParked(const Command& command) const {
     case Command::kRelease:
     case Command::kDiscard:
     case Command::kCall:
+    case Command::kFind:
     case Command::kRest:
     case Command::kExclude:
     case Command::kStats:

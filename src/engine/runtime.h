@@ -74,7 +74,7 @@ struct RuntimeOptions {
 };
 
 struct Command {
-  enum Kind : std::uint8_t { kAdvise, kExclude, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kRest, kHandOver, kCall, kStats, kRegion, kExplain, kStop };
+  enum Kind : std::uint8_t { kAdvise, kExclude, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kRest, kHandOver, kCall, kFind, kStats, kRegion, kExplain, kStop };
   Kind kind = kStats;
   Span span;
   bool promise = false, sync_break = false, owned = false;
@@ -86,6 +86,8 @@ struct Command {
   AdvisedRegion region;
   RegionCounts counts;
   Page page;
+  os::Mapping mapping;  // kFind: the first that ends behind span.start; its start decides what of it there is
+  bool frames = false;
   bool holes = false;  // kUnmerge: all is done, and -ENOMEM says that part of the span is not mapped
   bool in_region = false, huge = false;
   std::uint32_t sharers = 0, heat = 0;

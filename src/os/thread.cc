@@ -165,6 +165,9 @@ void FutexWake(const std::atomic<std::uint32_t>* word, int count) {
   syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
 }
 
+std::uint64_t BlockSignals() { return raw::BlockSignals(); }
+void RestoreSignals(std::uint64_t mask) { raw::RestoreSignals(mask); }
+
 void YieldThread() { sched_yield(); }
 
 int ProcessId() { return static_cast<int>(syscall(SYS_getpid)); }

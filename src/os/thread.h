@@ -29,6 +29,10 @@ void FutexWake(const std::atomic<std::uint32_t>* word, int count);
 
 void YieldThread();
 
+// Nothing interrupts this thread until the mask that it had is restored.
+std::uint64_t BlockSignals();
+void RestoreSignals(std::uint64_t mask);
+
 int ProcessId();             // not cached: a raw clone does not tell anybody
 std::size_t SystemPageSize();
 std::uint64_t Entropy();

@@ -22,7 +22,8 @@ int DiscardWithoutEngine(Span span) {
     int error = -EBADF;
     for (int attempt = 0; attempt < 1000 && error && error != -ENOENT; ++attempt) {
       Mappings mappings;
-      if ((error = mappings.Open()) == 0) error = mappings.QueryFrames(at, &mapping, &frames);
+      if (mappings.Open() != 0) return -ENOMEM;  // frames may show: that is not to be taken for done
+      error = mappings.QueryFrames(at, &mapping, &frames);
       mappings.Close();
       if (error && attempt > 10) sched_yield();
     }

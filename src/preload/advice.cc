@@ -6,6 +6,7 @@
 #include <cerrno>
 
 #include "api/shim.h"
+#include "base/own_memory.h"
 #include "os/thread.h"
 #include "preload/auto.h"
 #include "preload/config.h"
@@ -70,6 +71,7 @@ long ForEachPiece(void* at, size_t bytes, F&& f) {
   bool holes = false;
   Piece piece;
   for (Address next = span.start; NextPiece(span, &next, &piece); reached = piece.end) {
+    if (piece.kind == Piece::kUnknown) return -ENOMEM;
     holes |= piece.start > reached;
     if (const long error = f(piece, reinterpret_cast<void*>(piece.start))) return error;
   }
@@ -96,7 +98,10 @@ long Discard(void* at, size_t bytes, int advice) {
   // memory, and goes no further.
   return ForEachPiece(at, bytes, [&](const Piece& piece, void* start) {
     const bool ours = piece.kind == Piece::kFrames || (piece.kind == Piece::kAnonymous && !raw);
-    return ours ? ksmushim_discard(start, piece.bytes()) : Kernel(start, piece.bytes(), advice);
+    const long result = ours ? 0 : Kernel(start, piece.bytes(), advice);
+    // Refused to anonymous memory: merged since it was looked at; or locked, and then refused again.
+    const bool merged = result == -EINVAL && piece.kind == Piece::kAnonymous;
+    return ours || merged ? ksmushim_discard(start, piece.bytes()) : result;
   });
 }
 
@@ -107,7 +112,10 @@ long GuardInstall(void* at, size_t bytes) {
     long result = 0;
     if (piece.kind == Piece::kFrames) {
       result = Kernel(start, piece.bytes(), MADV_DONTNEED);
-      if (result == 0) result = EmptyFrames({piece.start, piece.bytes()});
+      const Span place{piece.start, piece.bytes()};
+      // Best by the engine: what the program has set for its memory (DONTFORK ...) stays.
+      if (result == 0 && ksmushim_state() == KSMU_SHIM_RUNNING) LeaveFrames(place, false);
+      if (result == 0 && ShapeOf(place).frames) result = EmptyFrames(place);
     }
     return result == 0 ? Kernel(start, piece.bytes(), kMadvGuardInstall) : result;
   });
@@ -187,20 +195,27 @@ long DoProcessMadvise(int pidfd, const void* vectors, size_t count, int advice, 
   const auto kernel = [&] {
     return Direct(SYS_process_madvise, pidfd, reinterpret_cast<long>(vectors), static_cast<long>(count), advice, static_cast<long>(flags));
   };
-  constexpr size_t kMost = 1024;  // UIO_MAXIOV
+  constexpr size_t kMost = 1024, kMostBytes = 0x7ffff000;  // UIO_MAXIOV, MAX_RW_COUNT
   if (!Active() || flags || count > kMost || !IsOwnPidfd(pidfd)) return kernel();
   // A kernel that does not take this advice for a process's own memory either says so, for nothing at all.
   const iovec nothing{nullptr, 0};
   if (Direct(SYS_process_madvise, pidfd, reinterpret_cast<long>(&nothing), 0, advice, 0) < 0) return kernel();
-  long done = 0;
-  for (size_t i = 0; i < count; ++i) {
-    iovec part;
-    if (!ReadProgram(static_cast<const iovec*>(vectors) + i, &part, sizeof part)) return done ? done : -EFAULT;
-    const long result = DoMadvise(part.iov_base, part.iov_len, advice);
-    if (result < 0) return done ? done : result;
-    done += static_cast<long>(part.iov_len);
+  // All of them first, as the kernel does.
+  const size_t bytes = count * sizeof(iovec);
+  auto* const parts = static_cast<iovec*>(bytes ? base::MapOwnPages(bytes) : nullptr);
+  if (!parts) return bytes ? -ENOMEM : 0;
+  long done = 0, result = ReadProgram(vectors, parts, bytes) ? 0 : -EFAULT;
+  for (size_t i = 0; i < count && !result; ++i) {
+    if (static_cast<ssize_t>(parts[i].iov_len) < 0) result = -EINVAL;
   }
-  return done;
+  for (size_t i = 0, left = kMostBytes; i < count && result >= 0; ++i) {
+    const size_t length = parts[i].iov_len < left ? parts[i].iov_len : left;
+    left -= length;
+    result = DoMadvise(parts[i].iov_base, length, advice);
+    if (result >= 0) done += static_cast<long>(length);
+  }
+  base::UnmapOwnPages(parts, bytes);
+  return done || result >= 0 ? done : result;
 }
 
 }  // namespace ksmu::preload

@@ -1,6 +1,7 @@
 // The functions that stand in the program's way to the kernel. Each is a C function of libc's name and answers as libc's does:
 // a result, or -1 and errno; on success errno is what it was.
 #include <fcntl.h>
+#include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <sched.h>
@@ -288,7 +289,10 @@ KSMU_EXPORT long syscall(long number, ...) noexcept {
     case SYS_prctl:
       return Answer(DoPrctl(n(0), static_cast<unsigned long>(a[1]), static_cast<unsigned long>(a[2]),
                             static_cast<unsigned long>(a[3]), static_cast<unsigned long>(a[4])));
-    case SYS_seccomp: return Answer(WithoutMerges([&] { return Direct(SYS_seccomp, a[0], a[1], a[2]); }));
+    case SYS_seccomp: {
+      const auto kernel = [&] { return Direct(SYS_seccomp, a[0], a[1], a[2]); };
+      return Answer(a[0] == SECCOMP_SET_MODE_STRICT ? kernel() : WithoutMerges(kernel));  // as PR_SET_SECCOMP's
+    }
 #ifdef SYS_fork
     case SYS_fork: return Answer(RawChild([] { return Direct(SYS_fork); }));
 #endif

@@ -13,7 +13,7 @@ class Lock {
  public:
   // The signal mask is the caller's to keep until Unlock.
   std::uint64_t Acquire() {
-    const std::uint64_t mask = BlockSignals();
+    const std::uint64_t mask = os::raw::BlockSignals();
     std::uint32_t free = 0;
     if (word_.compare_exchange_strong(free, 1, std::memory_order_acquire)) return mask;
     while (word_.exchange(2, std::memory_order_acquire) != 0) Wait(&word_, 2, -1);
@@ -21,7 +21,7 @@ class Lock {
   }
   void Release(std::uint64_t mask) {
     if (word_.exchange(0, std::memory_order_release) == 2) Wake(&word_, 1);
-    RestoreSignals(mask);
+    os::raw::RestoreSignals(mask);
   }
   // In a forked child: true if another thread held it at that moment. What it guards may be in any state then. It is not held
   // over a fork: that would be to wait, in one fork handler, for a thread that waits for what another handler holds.
@@ -35,14 +35,6 @@ class Lock {
   }
   static void Wake(const std::atomic<std::uint32_t>* word, int count) {
     os::raw::Direct(SYS_futex, reinterpret_cast<long>(word), 129 /* FUTEX_WAKE_PRIVATE */, count);
-  }
-  static std::uint64_t BlockSignals() {
-    std::uint64_t all = ~std::uint64_t{0}, old = 0;
-    os::raw::Direct(SYS_rt_sigprocmask, 2 /* SIG_SETMASK */, reinterpret_cast<long>(&all), reinterpret_cast<long>(&old), sizeof all);
-    return old;
-  }
-  static void RestoreSignals(std::uint64_t mask) {
-    os::raw::Direct(SYS_rt_sigprocmask, 2, reinterpret_cast<long>(&mask), 0, sizeof mask);
   }
 
  private:

@@ -131,7 +131,7 @@ long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
                         (flags & MREMAP_MAYMOVE || !(flags & (MREMAP_FIXED | MREMAP_DONTUNMAP))) &&
                         (!(flags & MREMAP_DONTUNMAP) || rounded == old.bytes) && old.start + rounded > old.start && rounded <= kTop;
   const Shape shape = possible ? ShapeOf(old) : Shape{};
-  const long result = shape.frames || (shape.uniform && shape.pieces > 1) ? MovePieces(old, rounded, flags, target) : plain();
+  const long result = shape.unknown ? -ENOMEM : shape.frames || (shape.uniform && shape.pieces > 1) ? MovePieces(old, rounded, flags, target) : plain();
   if (Failed(result)) {
     moved.PutBack();
     replaced.PutBack();

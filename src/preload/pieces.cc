@@ -1,6 +1,8 @@
 #include "preload/pieces.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <time.h>
 
 #include "api/shim.h"
@@ -34,6 +36,13 @@ bool Copy(Address from, Address to, size_t bytes) {
     done += static_cast<size_t>(copied);
   }
   return true;
+}
+
+// Anything but a process with one thread: the entries of a directory of two links, and one for each.
+bool HasThreads() {
+  struct stat about;
+  return Direct(SYS_newfstatat, AT_FDCWD, reinterpret_cast<long>("/proc/self/task"), reinterpret_cast<long>(&about), 0) != 0 ||
+         about.st_nlink != 3;
 }
 
 template <typename F>
@@ -75,8 +84,13 @@ Piece LastOf(Span span) {
 }  // namespace
 
 bool NextPiece(Span span, Address* at, Piece* piece) {
+  if (*at >= span.end()) return false;
   ksmushim_mapping mapping;
-  if (*at >= span.end() || ksmushim_find_mapping(P(*at), &mapping) != 0) return false;
+  if (const int error = ksmushim_find_mapping(P(*at), &mapping)) {
+    *piece = {*at, span.end(), PROT_NONE, Piece::kUnknown};
+    *at = span.end();
+    return error != -ENOENT;
+  }
   const auto start = reinterpret_cast<Address>(mapping.start), end = reinterpret_cast<Address>(mapping.end);
   if (start >= span.end()) return false;
   piece->start = start > *at ? start : *at;
@@ -93,9 +107,13 @@ Shape ShapeOf(Span span) {
   Piece piece;
   Address reached = span.start;
   for (Address at = span.start; NextPiece(span, &at, &piece); reached = piece.end) {
-    shape.uniform &= piece.start == reached && piece.kind != Piece::kOther && (shape.pieces == 0 || piece.prot == shape.prot);
+    const bool locked = IsLocked(piece.start);
+    shape.uniform &= piece.start == reached && (piece.kind == Piece::kAnonymous || piece.kind == Piece::kFrames) &&
+                     (shape.pieces == 0 || (piece.prot == shape.prot && locked == shape.locked));
     shape.frames |= piece.kind == Piece::kFrames;
+    shape.unknown |= piece.kind == Piece::kUnknown;
     shape.prot = piece.prot;
+    shape.locked = locked;
     ++shape.pieces;
   }
   shape.uniform &= reached == span.end();
@@ -110,6 +128,7 @@ long EmptyFrames(Span span) {
 }
 
 long CopyFrames(Span span) {
+  if (HasThreads()) return -EAGAIN;
   return ForEachFrames(span, [](const Piece& piece) {
     const long copy = MapAnonymous(0, piece.bytes(), PROT_READ | PROT_WRITE, 0);
     if (Failed(copy)) return copy;
@@ -167,37 +186,44 @@ long MovePieces(Span from, size_t new_bytes, int flags, Address to) {
   const long place = MapAnonymous(to, new_bytes, PROT_NONE, flags & MREMAP_FIXED ? MAP_FIXED : 0);
   if (Failed(place)) return place;
   const auto target = static_cast<Address>(place);
-  // Holes are holes where it goes to, too: what lies there up to `done` is what has been moved.
-  size_t done = 0;
+  // What is moved leaves its place mapped until all of it is moved: should one be refused, nobody else can have taken the place
+  // that it goes back to. Not the last, after which nothing can be refused; nor what is locked, since the kernel unlocks all of a
+  // mapping of which a part leaves so. Holes are holes where it goes to, too: up to `done` lies what has been moved.
+  const auto leaves = [&](const Piece& piece, Address end) {
+    return stays || (piece.end != end && piece.kind != Piece::kOther && !IsLocked(piece.start));
+  };
+  size_t done = 0, last = kept;
   long error = 0;
   Piece piece;
   for (Address next = from.start; !error && NextPiece({from.start, kept}, &next, &piece);) {
     const size_t offset = piece.start - from.start;
     if (offset > done) Unmap(target + done, offset - done);
-    const bool left = stays && piece.kind == Piece::kAnonymous;
-    size_t grown = more && piece.end == from.start + kept ? more : 0;
-    if (grown && piece.kind == Piece::kFrames) {
-      error = AddBehind(piece, target + kept, grown, MAP_FIXED);
-      grown = 0;
+    size_t grown = 0;
+    if (piece.end == from.start + kept) {
+      last = offset;
+      if (piece.kind != Piece::kFrames) grown = more;
+      else if (more) error = AddBehind(piece, target + kept, more, MAP_FIXED);
     }
     if (error) break;
-    const int how = MREMAP_MAYMOVE | MREMAP_FIXED | (left ? MREMAP_DONTUNMAP : 0);
+    const int how = MREMAP_MAYMOVE | MREMAP_FIXED | (leaves(piece, from.start + kept) ? MREMAP_DONTUNMAP : 0);
     const long moved = Move(piece.start, piece.bytes(), piece.bytes() + grown, how, target + offset);
-    if (Failed(moved)) {
-      error = moved;
-      break;
-    }
-    done = offset + piece.bytes();
-    // What stays behind is empty.
-    if (stays && !left) error = MapAnonymous(piece.start, piece.bytes(), piece.prot, MAP_FIXED);
-    if (!Failed(error)) error = 0;
+    if (Failed(moved)) error = moved;
+    else done = offset + piece.bytes();
   }
   if (!error && done < kept) Unmap(target + done, kept - done);
+  // What stays behind is empty.
+  if (!error && stays) error = EmptyFrames({from.start, kept});
+  if (!error && !stays) {
+    for (Address next = target; NextPiece({target, last}, &next, &piece);) {
+      if (leaves(piece, 0)) Unmap(from.start + (piece.start - target), piece.bytes());
+    }
+  }
   if (!error) return place;
+  // First what nothing has come to: that gives mappings back. What cannot go back is kept where it is.
+  if (done < new_bytes) Unmap(target + done, new_bytes - done);
   for (Address next = target; NextPiece({target, done}, &next, &piece);) {
     Move(piece.start, piece.bytes(), piece.bytes(), MREMAP_MAYMOVE | MREMAP_FIXED, from.start + (piece.start - target));
   }
-  Unmap(target, new_bytes);
   return error;
 }
 

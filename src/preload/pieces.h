@@ -10,7 +10,7 @@ using os::Address;
 using os::Span;
 
 struct Piece {
-  enum Kind { kAnonymous, kFrames, kOther };
+  enum Kind { kAnonymous, kFrames, kOther, kUnknown };  // unknown: no descriptor to look with
   Address start = 0, end = 0;
   int prot = 0;
   Kind kind = kOther;
@@ -20,11 +20,14 @@ struct Piece {
 // The part of the range's next mapping, from *at on; *at goes on behind it. False: nothing more is mapped there.
 bool NextPiece(Span span, Address* at, Piece* piece);
 
-// How a range that was one mapping looks when it has been merged: without a hole, private, of one protection.
+// How a range that was one mapping looks when it has been merged: without a hole, private, of one protection, all of it locked
+// or nothing.
 struct Shape {
   size_t pieces = 0;
   bool frames = false;   // some of it shows frames
+  bool unknown = false;  // some of it could not be looked at
   bool uniform = false;  // it can have been one private anonymous mapping
+  bool locked = false;
   int prot = 0;
 };
 Shape ShapeOf(Span span);
@@ -32,8 +35,8 @@ Shape ShapeOf(Span span);
 // Empty anonymous memory in place of what shows frames. -errno.
 long EmptyFrames(Span span);
 
-// A copy in anonymous memory in place of what shows frames. Only where nobody but this thread can be writing to it, nor a
-// device: in a forked child that has not been there for long. -errno.
+// A copy in anonymous memory in place of what shows frames. Only in a process with one thread, as a forked child is at first:
+// what another one, or a device, writes meanwhile would be lost. -errno.
 long CopyFrames(Span span);
 
 // Nothing of the range shows frames afterwards, and nothing that a device may be writing was replaced: waits for that, if

@@ -50,7 +50,10 @@ TakenOut::TakenOut(Span span, bool unmerge) : span_(span) {
     if (!Add({part.start, part.end(), KSMU_MERGEABLE | flags})) break;
   }
   for (size_t i = 0; i < count_; ++i) {
-    Advise({parts_[i].start, parts_[i].end - parts_[i].start}, unmerge ? KSMU_UNMERGEABLE : KSMU_RELEASE);
+    const Span part{parts_[i].start, parts_[i].end - parts_[i].start};
+    // Where it cannot be unmerged (no memory) nothing is merged there from now on, at least: whoever looks at its pieces must
+    // find what he has seen.
+    if (!unmerge || Advise(part, KSMU_UNMERGEABLE) != 0) Advise(part, KSMU_RELEASE);
   }
 }
 
