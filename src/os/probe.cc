@@ -83,6 +83,8 @@ class Probe {
     if (error == 0) {
       // Scratch pages are looked at one by one: no huge page may take the place of several.
       raw::Madvise(*out, pages * page_, MADV_NOHUGEPAGE);
+      // Another thread's fork would leave an event that nobody reads: the fork would wait, and the calls here say EAGAIN.
+      raw::Madvise(*out, pages * page_, MADV_DONTFORK);
       Keep({*out, pages * page_});
     }
     return error;
