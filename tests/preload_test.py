@@ -2,6 +2,7 @@
 """The preloaded shim, on programs that know nothing of it.
 
   preload_test.py semantics PROGRAM SHIM KSMUCTL     each case of tests/preload/program.c, without the shim and with it
+  preload_test.py corners PROGRAM SHIM KSMUCTL       the same with tests/preload/corners.c
   preload_test.py allocators MALLOCS SHIM ALLOCATOR  an allocator preloaded before and behind the shim; and libc's own
   preload_test.py around PROGRAM SHIM KSMUCTL        the environment, the log, statistics, ksmuctl exec, falling back
 
@@ -54,9 +55,9 @@ def usable(shim):
     return "" if code == 0 and not out.strip() else (out.strip() or err.strip())
 
 
-def semantics(program, shim, _ksmuctl):
+def semantics(program, shim, _ksmuctl, least=20):
     cases = run([program])[1].split()
-    check("cases", len(cases) >= 20, cases)
+    check("cases", len(cases) >= least, cases)
     for name in cases:
         # No device writes here: what waits for one (MADV_WIPEONFORK, UFFDIO_REGISTER) is not to wait for a minute.
         variables = {"KSMU_REMERGE_SECONDS": "0" if name == "handed_over" else "1"}
@@ -75,6 +76,10 @@ def semantics(program, shim, _ksmuctl):
                 check(name + suffix, same, f"status {code} and not {plain[0]}; {difference} {err[-300:]}")
                 if not same:
                     break
+
+
+def corners(program, shim, ksmuctl):
+    semantics(program, shim, ksmuctl, 6)
 
 
 def allocators(mallocs, shim, strict):
@@ -195,7 +200,7 @@ def main():
     if why:
         print(f"skipped: the library cannot be started: {why}")
         sys.exit(77)
-    {"semantics": semantics, "allocators": allocators, "around": around}[what](*arguments)
+    {"semantics": semantics, "corners": corners, "allocators": allocators, "around": around}[what](*arguments)
     print(f"{len(passed)} passed, {len(failed)} failed, {len(skipped)} skipped")
     for name, reason in skipped:
         print(f"skipped 1: {name}: {reason}")

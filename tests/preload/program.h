@@ -107,12 +107,12 @@ static unsigned char *merged(void) {
   merge(memory);
   return memory;
 }
-static int readable(const void *at) {
+__attribute__((unused)) static int readable(const void *at) {
   char byte;
   struct iovec to = {&byte, 1}, from = {(void *)at, 1};
   return process_vm_readv(getpid(), &to, 1, &from, 1, 0) == 1;
 }
-static int writable(void *at) {
+__attribute__((unused)) static int writable(void *at) {
   int zero = open("/dev/zero", O_RDONLY);
   int written = read(zero, at, 1) == 1;
   close(zero);
@@ -123,7 +123,7 @@ static int wait_for(pid_t pid) {
   if (waitpid(pid, &status, 0) != pid) return -1;
   return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
 }
-static long locked(const void *memory, size_t bytes) { /* kB of it, by smaps */
+__attribute__((unused)) static long locked(const void *memory, size_t bytes) { /* kB of it, by smaps */
   FILE *f = fopen("/proc/self/smaps", "r");
   char line[512];
   long kb = 0;
