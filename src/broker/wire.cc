@@ -1,0 +1,112 @@
+#include "broker/wire.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace ksmu::broker::wire {
+namespace {
+
+struct Form {
+  Kind kind;
+  Sender from;
+  bool numbered;  // a question or an answer
+  std::uint16_t least, most;
+  std::uint16_t entry_bytes;
+};
+constexpr std::uint16_t kWord = sizeof(std::uint32_t);
+constexpr Form kForms[] = {
+    {Kind::kJoin, Sender::kMember, true, 1, 1, sizeof(JoinEntry)},
+    {Kind::kFile, Sender::kMember, true, 1, 1, kWord},
+    {Kind::kSettle, Sender::kMember, true, 1, kMaxSettle, sizeof(SettleEntry)},
+    {Kind::kOffer, Sender::kMember, false, 1, kMaxHashes, kWord},
+    {Kind::kRelease, Sender::kMember, false, 1, kMaxFrames, kWord},
+    {Kind::kJoined, Sender::kBroker, true, 1, 1, sizeof(JoinedEntry)},
+    {Kind::kRefused, Sender::kBroker, true, 1, 1, kWord},
+    {Kind::kFileIs, Sender::kBroker, true, 1, 1, kWord},
+    {Kind::kSettled, Sender::kBroker, true, 1, kMaxSettle, kWord},
+    {Kind::kWanted, Sender::kBroker, false, 1, kMaxHashes, kWord},
+};
+
+const Form* FormOf(Kind kind) {
+  const auto form = std::find_if(std::begin(kForms), std::end(kForms), [&](const Form& f) { return f.kind == kind; });
+  return form == std::end(kForms) ? nullptr : form;
+}
+
+// Where a kind's entries lie in a message.
+void* Entries(Message& m) {
+  switch (m.header.kind) {
+    case Kind::kJoin: return &m.join;
+    case Kind::kJoined: return &m.joined;
+    case Kind::kSettle: return m.settle.data();
+    default: return m.words.data();
+  }
+}
+
+const char* CheckSettle(const Message& m) {
+  for (std::size_t i = 0; i < m.header.count; ++i) {
+    const SettleEntry& e = m.settle[i];
+    if (e.what == 0 || e.what >= SettleEntry::kWhatCount) return "an unknown request for a frame";
+    if (e.reserved != 0) return "reserved bits of a request for a frame";
+    if (e.place >= (e.what == SettleEntry::kAcquire ? kFrameLimit : kRingPages)) return "a place out of range";
+  }
+  return nullptr;
+}
+
+const char* CheckWords(const Message& m) {
+  std::uint32_t limit = 0;  // none
+  bool may_be_none = false;
+  switch (m.header.kind) {
+    case Kind::kFile:
+    case Kind::kFileIs: limit = kMaxFiles; break;
+    case Kind::kRelease: limit = kFrameLimit; break;
+    case Kind::kSettled: limit = kFrameLimit, may_be_none = true; break;
+    case Kind::kRefused:
+      return m.words[0] == 0 || m.words[0] >= static_cast<std::uint32_t>(Refusal::kCount) ? "an unknown refusal" : nullptr;
+    default: return nullptr;  // any number is a hash
+  }
+  for (std::size_t i = 0; i < m.header.count; ++i) {
+    if (m.words[i] >= limit && !(may_be_none && m.words[i] == kNoFrame)) return "a number out of range";
+  }
+  return nullptr;
+}
+
+const char* CheckEntries(const Message& m) {
+  switch (m.header.kind) {
+    case Kind::kJoin: return m.join.reserved != 0 ? "reserved bits of a join" : nullptr;
+    case Kind::kJoined: {
+      const bool power = m.joined.log_entries && (m.joined.log_entries & (m.joined.log_entries - 1)) == 0;
+      return m.joined.reserved != 0 ? "reserved bits of an answer" : power ? nullptr : "a log of an odd length";
+    }
+    case Kind::kSettle: return CheckSettle(m);
+    default: return CheckWords(m);
+  }
+}
+
+}  // namespace
+
+const char* Decode(const std::byte* packet, std::size_t bytes, Sender from, Message* out) {
+  if (bytes < sizeof(Header)) return "shorter than a header";
+  std::memcpy(&out->header, packet, sizeof(Header));
+  const Header& header = out->header;
+  const Form* const form = FormOf(header.kind);
+  if (!form || form->from != from) return "of a kind that is not sent from there";
+  if (header.reserved != 0) return "reserved bits of the header";
+  if (form->numbered != (header.number != 0)) return "a question without a number, or a number without a question";
+  if (header.count < form->least || header.count > form->most) return "too few or too many entries";
+  const std::size_t entries = std::size_t{header.count} * form->entry_bytes;
+  if (header.bytes != bytes || bytes != sizeof(Header) + entries) return "not of the length that it says";
+  std::memcpy(Entries(*out), packet + sizeof(Header), entries);
+  return CheckEntries(*out);
+}
+
+std::size_t Encode(const Message& message, std::byte* packet) {
+  const Form& form = *FormOf(message.header.kind);
+  const std::size_t entries = std::size_t{message.header.count} * form.entry_bytes;
+  Header header = message.header;
+  header.bytes = static_cast<std::uint32_t>(sizeof(Header) + entries);
+  std::memcpy(packet, &header, sizeof header);
+  std::memcpy(packet + sizeof header, Entries(const_cast<Message&>(message)), entries);
+  return header.bytes;
+}
+
+}  // namespace ksmu::broker::wire
