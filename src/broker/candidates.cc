@@ -23,7 +23,7 @@ void Candidates::MakeRoom() {
   std::size_t there = 0;
   for (const Slot& slot : old) there += slot.owner.member != kNobody && is_there_(cookie_, slot.owner);
   std::size_t size = kSmallest;
-  while (there * 4 >= size) size *= 2;
+  while (there * 8 >= size * 3) size *= 2;
   slots_.assign(size, Slot{0, {kNobody, 0}});
   live_ = filled_ = there;
   for (const Slot& slot : old) {
@@ -32,7 +32,7 @@ void Candidates::MakeRoom() {
 }
 
 bool Candidates::Offer(std::uint32_t hash, Owner owner, Owner* before) {
-  if (filled_ * 2 >= slots_.size()) MakeRoom();
+  if (filled_ * 4 >= slots_.size() * 3) MakeRoom();
   Slot& slot = slots_[Find(hash)];
   const bool known = slot.owner.member != kNobody;
   *before = slot.owner;

@@ -49,7 +49,7 @@ bool IndexWriter::MakeRoom() {
 }
 
 bool IndexWriter::Insert(std::uint32_t hash, Frame frame) {
-  if (filled_ * 2 >= SlotsOf(table_) && !MakeRoom()) return false;
+  if (filled_ * 4 >= SlotsOf(table_) * 3 && !MakeRoom()) return false;
   const std::size_t at = Find(Slots(table_), table_, hash, [](IndexWord w) { return w == 0 || w == kErased; });
   if (Slots(table_)[at].load(std::memory_order_relaxed) == 0) ++filled_;
   Slots(table_)[at].store(WordOf(hash, frame), std::memory_order_release);

@@ -24,7 +24,7 @@ using Frame = std::uint32_t;
 
 inline constexpr std::size_t kLogEntries = 64 * 1024;
 inline constexpr std::size_t kSmallestTable = std::size_t{1} << 20;  // bytes: header and log lie below
-inline constexpr std::size_t kLargestTable = std::size_t{1} << 33;   // for as many frames as there can be, half full
+inline constexpr std::size_t kLargestTable = std::size_t{1} << 33;   // room for four times as many frames as there can be
 static_assert(4096 + kLogEntries * 8 <= kSmallestTable);
 inline constexpr std::size_t kIndexFileBytes = 2 * kLargestTable;
 

@@ -1,0 +1,115 @@
+// A domain: its frames, who holds them, and what its members have offered. No sockets, no clock: what comes in are decoded
+// messages, what goes out are answers. One thread.
+//
+// A frame's life: free -> live (written once, entered into the index, held by whoever published it) -> free again when its last
+// holder has let go of it: taken out of the index, punched. A member holds a frame or does not, however many of its pages map
+// it: a bit. It holds all that it has ever got until it releases it, or is gone: its process and every child that it has forked
+// (the caller knows, see docs/broker.md). So no place is written or punched while anybody can show it.
+//
+// Frames are numbered in the order of publishing within a stretch that is the member's own, so that what it publishes in address
+// order is one mapping, whoever publishes beside it.
+#pragma once
+
+#include <array>
+#include <bitset>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "broker/candidates.h"
+#include "broker/shared_index.h"
+#include "broker/wire.h"
+
+namespace ksmu::broker {
+
+class Domain {
+ public:
+  static constexpr std::size_t kFramesPerFile = 65536;
+  static constexpr std::size_t kChunk = 512;
+  static constexpr std::uint16_t kMaxMembers = 1024;
+  static constexpr int kMaxContents = 16;  // of one hash: more is an accident that does not happen, or an attack
+  static constexpr int kMaxReplicas = 64;  // of one content
+
+  // Where frames lie. 0 or -errno.
+  class Files {
+   public:
+    virtual ~Files() = default;
+    virtual int Add() = 0;  // one more of kFramesPerFile
+    virtual int Write(Frame frame, const std::byte* page) = 0;
+    virtual int Punch(Frame first, std::size_t count) = 0;  // within one file
+    virtual bool Holds(Frame frame, const std::byte* page) = 0;
+  };
+  using Hash = std::uint32_t (*)(const std::byte* page, std::size_t bytes, std::uint64_t seed);
+
+  Domain(Files& files, IndexWriter& index, const IndexReader& reader, std::size_t page_bytes, std::uint64_t seed, Hash hash);
+
+  // A number for a new member; kMaxMembers: there are too many.
+  std::uint16_t Join();
+  bool IsMember(std::uint16_t member) const { return member < members_.size() && members_[member].state == Member::kHere; }
+  // Its connection has ended: it gets nothing any more, and keeps what it holds until Gone.
+  void Leave(std::uint16_t member);
+  // Nobody can map any more what it held.
+  void Gone(std::uint16_t member);
+
+  // Answers each entry with a frame that the member holds from now on, or kNoFrame. `copy(cookie, place, page)` brings the page
+  // out of the member's ring. Not nullptr: the member has broken the protocol, and why.
+  using Copy = void (*)(void* cookie, std::uint32_t place, std::byte* page);
+  const char* Settle(std::uint16_t member, const wire::SettleEntry* entries, std::size_t count, Copy copy, void* cookie,
+                     std::uint32_t* answers);
+  const char* Release(std::uint16_t member, const std::uint32_t* frames, std::size_t count);
+  // `wanted(cookie, member, hash)`: that member is to publish, if it still has the page.
+  void Offer(std::uint16_t member, const std::uint32_t* hashes, std::size_t count,
+             void (*wanted)(void* cookie, std::uint16_t member, std::uint32_t hash), void* cookie);
+
+  std::size_t frames_live() const { return live_; }
+  std::size_t frames_given_out() const { return given_out_; }  // places that are not free: live, or a member's to fill
+  std::size_t members() const;
+  bool Holds(std::uint16_t member, Frame frame) const;
+  // Of the bookkeeping, but for the index.
+  std::size_t metadata_bytes() const;
+
+ private:
+  struct FrameInfo {
+    std::uint32_t hash = 0;
+    std::uint16_t holders = 0;
+    enum : std::uint8_t { kFree, kGivenOut, kLive } state = kFree;
+  };
+  struct File {
+    std::vector<FrameInfo> frames = std::vector<FrameInfo>(kFramesPerFile);
+    std::array<std::uint16_t, kFramesPerFile / kChunk> free{};  // of the frames of each chunk that is in use
+  };
+  using Bits = std::bitset<kFramesPerFile>;
+  struct Member {
+    enum State : std::uint8_t { kNone, kHere, kLeft } state = kNone;
+    std::uint16_t generation = 0;
+    Frame next = 0, end = 0;  // its stretch
+    std::vector<std::unique_ptr<Bits>> held;  // a file each; null: nothing of it
+  };
+
+  FrameInfo& Info(Frame frame) { return files_[frame / kFramesPerFile]->frames[frame % kFramesPerFile]; }
+  bool Exists(Frame frame) const { return frame / kFramesPerFile < files_.size(); }
+  bool Hold(Member& member, Frame frame);
+  void Free(Frame frame);
+  void GiveUp(const std::vector<Frame>& idle);
+  bool Stretch(Member& member);
+  Frame Publish(Member& member, std::uint32_t hash, bool replica);
+  static bool IsThere(void* self, Owner owner);
+
+  Files& storage_;
+  IndexWriter& index_;
+  const IndexReader& reader_;
+  std::size_t page_bytes_;
+  std::uint64_t seed_;
+  Hash hash_;
+  Candidates candidates_;
+  std::vector<std::unique_ptr<File>> files_;
+  std::vector<Member> members_;
+  std::size_t chunks_used_ = 0;  // chunks below have been given out before
+  std::size_t cursor_ = 0;
+  std::size_t live_ = 0, given_out_ = 0, recycled_ = 0;
+  std::vector<std::byte> page_;  // the broker's own copy of what is being published
+  std::vector<Frame> idle_;
+};
+
+}  // namespace ksmu::broker
