@@ -41,7 +41,8 @@
  * Threads      Every function may be called from any thread at any time, concurrently with any other.
  * Signals      No function is async-signal-safe, except ksmu_version. A handler that interrupts one may do everything
  *              but call this library; it may read and write advised memory. The library's threads take no signals.
- * Fork         The library waits for the merge in hand before libc's fork. The child has the same memory, its regions
+ * Fork         The library waits for the merge in hand before libc's fork, and the thread's signals (but those that it
+ *              raises itself) wait until the fork is over. The child has the same memory, its regions
  *              and tunables, and no threads; its first ksmu_advise, ksmu_map, ksmu_unmap, ksmu_merge or ksmu_set wakes
  *              an engine of its own. In a child that shares the parent's memory (vfork), call nothing here before exec.
  * Memory       No function calls malloc; allocators may call this library under their own locks.

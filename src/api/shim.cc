@@ -112,18 +112,7 @@ int ksmushim_find_mapping(const void* at, struct ksmushim_mapping* out) {
   const SameErrno same;
   os::Mapping mapping;
   bool frames = false;
-  // With a descriptor of the program's table, which another thread may be closing: then it is tried again.
-  int error = -EBADF;
-  bool opened = false;
-  for (int attempt = 0; attempt < 1000 && error && error != -ENOENT; ++attempt) {
-    os::Mappings mappings;
-    error = mappings.Open();
-    opened = error == 0;
-    if (!opened) break;
-    error = mappings.QueryFrames(reinterpret_cast<os::Address>(at), &mapping, &frames);
-    mappings.Close();
-    if (error && attempt > 10) os::YieldThread();
-  }
+  int error = os::QueryFramesOnce(reinterpret_cast<os::Address>(at), &mapping, &frames);
   // No descriptor to be had, or no /proc: an engine has its own.
   Use use(Use::kNever);
   if (error && error != -ENOENT && use.runtime()) {
@@ -134,8 +123,6 @@ int ksmushim_find_mapping(const void* at, struct ksmushim_mapping* out) {
     error = static_cast<int>(command.result);
     mapping = command.mapping;
     frames = command.frames;
-  } else if (!opened) {
-    error = -EBADF;  // whatever it was: not that nothing is mapped
   }
   if (error) return error;
   out->start = reinterpret_cast<void*>(mapping.start);

@@ -39,15 +39,18 @@ KSMU_API int ksmushim_raw_discards_are_exact(void);
 // The range is being unmapped in a dormant child: not to become a region when it wakes.
 KSMU_API void ksmushim_forget(void* start, size_t length);
 
-// Around a fork that runs no atfork handlers (_Fork, clone), and around what must not meet a merge (a seccomp filter). A
-// false `prepare` did nothing.
+// Around a fork that runs no atfork handlers (_Fork, clone), and around what must not meet a merge (a seccomp filter). Waits for
+// the step that the scanner has in hand, and for nobody else: safe in a signal handler. The thread's signals wait from `prepare` to
+// `fork_parent`, or in the child to `fork_child` or `raw_child`: one of them must follow. A false `prepare` did nothing.
 KSMU_API int ksmushim_fork_prepare(void);
 KSMU_API void ksmushim_fork_parent(void);
 KSMU_API void ksmushim_fork_child(void);
 // In a child that a clone by number, or with a stack of its own, has made: after a `prepare` or without one.
 KSMU_API void ksmushim_raw_child(void);
 
-// The first mapping that ends behind `at`. 0, -ENOENT where there is none, or -errno. KSMU_SHIM_FRAMES: of a pool's file, the
+// The first mapping that ends behind `at`. 0; -ENOENT where there is none; else another -errno: it cannot be looked at (no
+// descriptor, no /proc, and no engine that has its own). Any thread, not in a signal handler: it can wait for the engine. Two system
+// calls where the kernel has PROCMAP_QUERY (6.11), else a reading of the list. KSMU_SHIM_FRAMES: of a pool's file, the
 // parent's in a forked child included; KSMU_SHIM_ANONYMOUS: private, and no stack or special mapping.
 enum { KSMU_SHIM_OTHER = 0, KSMU_SHIM_ANONYMOUS = 1, KSMU_SHIM_FRAMES = 2 };
 struct ksmushim_mapping {

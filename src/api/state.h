@@ -38,7 +38,7 @@ bool InRawChild();
 enum class EngineState { kNone, kRunning, kDormant, kRawChild };
 EngineState CurrentState();
 
-// What libc's fork does by its handlers, for those that run none. False: nothing was done.
+// What libc's fork does by its handlers, for those that run none: see ksmushim_fork_prepare. False: nothing was done.
 bool TryForkPrepare();
 void AfterForkInParent();
 void AfterForkInChild();

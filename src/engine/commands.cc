@@ -399,10 +399,7 @@ int Engine::Unmerge(Span span) {
 
 // What a sweep does about broken pages, where none comes by any more, or not in time.
 void Engine::LookAtCovering(Span span) {
-  os::ScanRequest look;
-  look.required = os::kPresent | os::kFile;
-  look.inverted = os::kFile;
-  look.returned = os::kPresent | os::kWritten | os::kPfnZero;
+  os::ScanRequest look = os::PrivatePages(os::kPresent | os::kWritten | os::kPfnZero);
   look.write_protect = true;
   std::array<os::PageRun, 64> runs;
   for (Address at = span.start; at < span.end();) {
@@ -413,6 +410,7 @@ void Engine::LookAtCovering(Span span) {
         Words* word = table_.Find(a);
         Page page(word ? word->load(std::memory_order_acquire) : 0);
         if (page.busy() || (runs[r].categories & os::kPfnZero)) continue;
+        if (page.unconfirmed() && !ConfirmCopy(word, &page)) continue;
         if (page.state() == PageState::kDropped) {  // used again
           Change(word, page, page.WithState(PageState::kResidue).WithStamp(NowSeconds()).WithTries(0));
           continue;
@@ -428,7 +426,7 @@ void Engine::LookAtCovering(Span span) {
 
 // What is merged is left to Unmerge, whose copies are made from frames. What was written since must not be replaced while a
 // write of the kernel's can be under way, and so the rule for merging again holds: unwritten for remerge_seconds, by the
-// sweeps; by a look of its own where that is 0.
+// sweeps; by looks of its own where none comes by any more, or that is 0.
 int Engine::HandOver(Span span) {
   ApplyMoves();
   const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));

@@ -33,10 +33,7 @@ os::Protection ProtectionOf(const os::Mapping& mapping) {
 
 // A page beside the run whose mapping the run can become part of again: one of the same region that is there. 0: none.
 Address Engine::PageBeside(const Region& region, Span run, const os::Mapping& mapping) {
-  os::ScanRequest request;
-  request.required = os::kPresent | os::kFile;
-  request.inverted = os::kFile;
-  request.returned = os::kHuge;
+  const os::ScanRequest request = os::PrivatePages(os::kHuge);
   for (const Address at : {run.start - page_, run.end()}) {
     const Region* owner = regions_.Find(at);
     const Page page = table_.Load(at);

@@ -175,6 +175,7 @@ class Engine {
   std::size_t SweepPart(const Region& region, Address segment, std::size_t low, std::size_t high, const Bitmaps& bits,
                         bool now);
   void ConfirmBreaks(Span span);
+  bool ConfirmCopy(Words* word, Page* page);
   void LookAtCovering(Span span);
   void ReclaimFrames(bool at_once);
   void Audit(const Region& region);  // forgets what was unmapped without a word

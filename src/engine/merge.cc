@@ -143,10 +143,7 @@ bool Engine::DiscardInFlight(Address page, std::uint64_t now) const {
 // What is in the pages from `start` on, for this run and for those of the same batch that follow: to the end of the
 // segment, or of the mapping. It is some milliseconds old at most.
 void Engine::LookAtPages(Address start, Address limit) {
-  os::ScanRequest request;
-  request.required = os::kPresent | os::kFile;
-  request.inverted = os::kFile;
-  request.returned = os::kPresent | os::kWritten | os::kPfnZero;
+  const os::ScanRequest request = os::PrivatePages(os::kPresent | os::kWritten | os::kPfnZero);
   const Address end = std::min(limit, (start & ~(kSegmentBytes - 1)) + kSegmentBytes);
   const os::ScanResult scan = system_.Scan({start, end - start}, request, look_runs_, kLookRuns);
   look_.runs = scan.error ? 0 : scan.runs;

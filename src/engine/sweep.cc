@@ -209,10 +209,7 @@ std::size_t Engine::Sweep(const Region& region, Address from, Address to, bool n
     *swept_to = quiet;
     return 0;
   }
-  os::ScanRequest request;
-  request.required = os::kPresent | os::kFile;
-  request.inverted = os::kFile;  // frames are file pages: only private pages are reported, broken ones among them
-  request.returned = os::kPresent | os::kWritten | os::kPfnZero | os::kHuge;
+  os::ScanRequest request = os::PrivatePages(os::kPresent | os::kWritten | os::kPfnZero | os::kHuge);
   request.write_protect = true;
   const os::ScanResult scan = system_.Scan({from, to - from}, request, runs_, kRuns);
   if (scan.error) return 0;
@@ -355,11 +352,8 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
         break;
       case PageState::kBroken:
         ++broken;
-        if (there && page.unconfirmed() && IsPrivate(a)) {  // the scan may be older than this merge
-          if (!Change(word, page, page.WithUnconfirmed(false))) break;
-          pool_.Unpin(page.value());
-          page = page.WithUnconfirmed(false);
-        }
+        // The scan may be older than this merge.
+        if (there && page.unconfirmed() && IsPrivate(a) && !ConfirmCopy(word, &page)) break;
         // Found present in the instant between a discard's event and the discard itself, and empty ever since.
         if (!there && page.discarded() && !page.unconfirmed() && !IsPrivate(a, true)) {
           Change(word, page, page.WithState(PageState::kDropped));
@@ -381,11 +375,7 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
         // Memory that is advised again.
         ++broken;
         if (there) {
-          if (page.unconfirmed()) {
-            if (!IsPrivate(a) || !Change(word, page, page.WithUnconfirmed(false))) break;
-            pool_.Unpin(page.value());
-            page = page.WithUnconfirmed(false);
-          }
+          if (page.unconfirmed() && !(IsPrivate(a) && ConfirmCopy(word, &page))) break;
           Change(word, page, page.WithState(PageState::kBroken).WithStamp(NowSeconds()).WithTries(0));
         }
         break;
@@ -426,12 +416,18 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
   return read;
 }
 
+// The copy of a page that was booked as broken before there was one has been seen: its frame need not be kept for it any more.
+// False: the word has changed.
+bool Engine::ConfirmCopy(Words* word, Page* page) {
+  if (!Change(word, *page, page->WithUnconfirmed(false))) return false;
+  pool_.Unpin(page->value());
+  *page = page->WithUnconfirmed(false);
+  return true;
+}
+
 // Under a synchronous breaker the arming scan passes merged runs over: look at them separately.
 void Engine::ConfirmBreaks(Span span) {
-  os::ScanRequest request;
-  request.required = os::kPresent | os::kFile;
-  request.inverted = os::kFile;
-  request.returned = os::kPresent | os::kPfnZero;
+  const os::ScanRequest request = os::PrivatePages(os::kPresent | os::kPfnZero);
   os::PageRun runs[64];
   for (Address at = span.start; at < span.end();) {
     const os::ScanResult scan = system_.Scan({at, span.end() - at}, request, runs, 64);
@@ -449,7 +445,7 @@ void Engine::ConfirmBreaks(Span span) {
             Add(counters_.cow_breaks, 1);
           }
         } else if (page.unconfirmed() && page.state() == PageState::kBroken) {
-          if (Change(word, page, page.WithUnconfirmed(false))) pool_.Unpin(page.value());
+          ConfirmCopy(word, &page);
         } else if (page.state() == PageState::kDropped || page.state() == PageState::kResidue) {
           if (Change(word, page, page.WithState(PageState::kBroken).WithUnconfirmed(false).WithStamp(NowSeconds()).WithTries(0)) &&
               page.unconfirmed()) {

@@ -9,6 +9,7 @@
 #include "os/pool_file.h"
 #include "os/raw.h"
 #include "os/text.h"
+#include "os/thread.h"
 #include "os/uapi.h"
 
 namespace ksmu::os {
@@ -279,6 +280,18 @@ HugePages Mappings::TransparentHugePages() {
   const std::string_view text(buffer, size > 0 ? static_cast<std::size_t>(size) : 0);
   if (text.find("[always]") != text.npos) return HugePages::kAlways;
   return text.find("[madvise]") != text.npos ? HugePages::kAdvised : HugePages::kNever;
+}
+
+int QueryFramesOnce(Address address, Mapping* out, bool* frames) {
+  int error = -EBADF;
+  for (int attempt = 0; attempt < 1000 && error && error != -ENOENT; ++attempt) {
+    Mappings mappings;
+    if (const int unopened = mappings.Open()) return unopened == -ENOENT ? -EACCES : unopened;
+    error = mappings.QueryFrames(address, out, frames);
+    mappings.Close();
+    if (error && attempt > 10) YieldThread();
+  }
+  return error;
 }
 
 }  // namespace ksmu::os

@@ -37,4 +37,9 @@ class Mappings {
   bool has_query_ = false;
 };
 
+// As QueryFrames, for a caller that has no descriptor of its own: with one of the program's table, which another thread of the
+// program may be closing, and then it is tried again. -ENOENT: nothing is mapped from there on, and nothing else; where it cannot be
+// looked at (no descriptor, no /proc), another error.
+int QueryFramesOnce(Address address, Mapping* out, bool* frames);
+
 }  // namespace ksmu::os

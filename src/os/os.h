@@ -69,6 +69,16 @@ struct ScanRequest {
   bool write_protect = false;  // re-arm the pages found; mappings outside an asynchronous WP registration are passed over
   std::size_t max_pages = 0;   // stop after as many; 0: no bound. One run can be as long as what is asked about
 };
+
+// Private pages that are there: frames are file pages and passed over, and broken pages are among what is found.
+inline ScanRequest PrivatePages(std::uint32_t returned) {
+  ScanRequest request;
+  request.required = kPresent | kFile;
+  request.inverted = kFile;
+  request.returned = returned;
+  return request;
+}
+
 struct ScanResult {
   int error = 0;
   std::size_t runs = 0;       // filled entries

@@ -1,7 +1,6 @@
 // The conventions of this directory around a raw system call: -errno, and EINTR repeated.
 #pragma once
 
-#include <signal.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -73,14 +72,6 @@ inline int Mmap(std::uintptr_t at, std::size_t bytes, int prot, int flags, int f
 }
 inline int Mremap(std::uintptr_t from, std::size_t bytes, int flags, std::uintptr_t to, std::uintptr_t* out) {
   return MapResult(Direct(SYS_mremap, static_cast<long>(from), static_cast<long>(bytes), static_cast<long>(bytes), flags, static_cast<long>(to)), out);
-}
-inline std::uint64_t BlockSignals() {
-  std::uint64_t all = ~std::uint64_t{0}, old = 0;
-  Direct(SYS_rt_sigprocmask, SIG_SETMASK, reinterpret_cast<long>(&all), reinterpret_cast<long>(&old), sizeof all);
-  return old;
-}
-inline void RestoreSignals(std::uint64_t mask) {
-  Direct(SYS_rt_sigprocmask, SIG_SETMASK, reinterpret_cast<long>(&mask), 0, sizeof mask);
 }
 // Any that takes a range and at most one more argument: munmap, madvise, mprotect, mlock. EINTR is repeated.
 inline int OnRange(long number, std::uintptr_t start, std::size_t bytes, int argument = 0) {

@@ -165,8 +165,15 @@ void FutexWake(const std::atomic<std::uint32_t>* word, int count) {
   syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
 }
 
-std::uint64_t BlockSignals() { return raw::BlockSignals(); }
-void RestoreSignals(std::uint64_t mask) { raw::RestoreSignals(mask); }
+std::uint64_t BlockSignals() {
+  std::uint64_t all = ~std::uint64_t{0}, old = 0;
+  for (const int own : {SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS}) all &= ~(std::uint64_t{1} << (own - 1));
+  raw::Direct(SYS_rt_sigprocmask, SIG_SETMASK, reinterpret_cast<long>(&all), reinterpret_cast<long>(&old), sizeof all);
+  return old;
+}
+void RestoreSignals(std::uint64_t mask) {
+  raw::Direct(SYS_rt_sigprocmask, SIG_SETMASK, reinterpret_cast<long>(&mask), 0, sizeof mask);
+}
 
 void YieldThread() { sched_yield(); }
 

@@ -29,7 +29,9 @@ void FutexWake(const std::atomic<std::uint32_t>* word, int count);
 
 void YieldThread();
 
-// Nothing interrupts this thread until the mask that it had is restored.
+// No signal of another's interrupts this thread until the mask that it had is restored. What it raises itself comes through: to a
+// thread that has them blocked the kernel makes them deadly, and some programs live by them (SIGSYS in a sandbox that emulates
+// calls, SIGSEGV in a collector). Past libc: glibc's own two are blocked as well. errno is left alone.
 std::uint64_t BlockSignals();
 void RestoreSignals(std::uint64_t mask);
 

@@ -18,23 +18,15 @@ int DiscardWithoutEngine(Span span) {
   for (Address at = span.start; at < span.end();) {
     Mapping mapping;
     bool frames = false;
-    // With a descriptor of the program's table, which another thread may be closing: then it is tried again.
-    int error = -EBADF;
-    for (int attempt = 0; attempt < 1000 && error && error != -ENOENT; ++attempt) {
-      Mappings mappings;
-      if (mappings.Open() != 0) return -ENOMEM;  // frames may show: that is not to be taken for done
-      error = mappings.QueryFrames(at, &mapping, &frames);
-      mappings.Close();
-      if (error && attempt > 10) sched_yield();
-    }
+    const int error = QueryFramesOnce(at, &mapping, &frames);
     if (error == -ENOENT || (!error && mapping.start >= span.end())) return 0;
-    if (error) return error;
+    if (error) return -ENOMEM;  // frames may show: that is not to be taken for done
     const Address start = std::max(at, mapping.start), end = std::min(span.end(), mapping.end);
     if (frames) {
       const int prot = (mapping.readable ? PROT_READ : 0) | (mapping.writable ? PROT_WRITE : 0) | (mapping.executable ? PROT_EXEC : 0);
       Address placed;
-      error = raw::Mmap(start, end - start, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0, &placed);
-      if (error) return error;
+      constexpr int kHow = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+      if (const int refused = raw::Mmap(start, end - start, prot, kHow, -1, 0, &placed)) return refused;
     }
     at = end;
   }

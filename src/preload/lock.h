@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "os/raw.h"
+#include "os/thread.h"
 
 namespace ksmu::preload {
 
@@ -13,7 +14,7 @@ class Lock {
  public:
   // The signal mask is the caller's to keep until Unlock.
   std::uint64_t Acquire() {
-    const std::uint64_t mask = os::raw::BlockSignals();
+    const std::uint64_t mask = os::BlockSignals();
     std::uint32_t free = 0;
     if (word_.compare_exchange_strong(free, 1, std::memory_order_acquire)) return mask;
     while (word_.exchange(2, std::memory_order_acquire) != 0) Wait(&word_, 2, -1);
@@ -21,7 +22,7 @@ class Lock {
   }
   void Release(std::uint64_t mask) {
     if (word_.exchange(0, std::memory_order_release) == 2) Wake(&word_, 1);
-    os::raw::RestoreSignals(mask);
+    os::RestoreSignals(mask);
   }
   // In a forked child: true if another thread held it at that moment. What it guards may be in any state then. It is not held
   // over a fork: that would be to wait, in one fork handler, for a thread that waits for what another handler holds.

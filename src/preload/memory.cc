@@ -131,7 +131,8 @@ long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
                         (flags & MREMAP_MAYMOVE || !(flags & (MREMAP_FIXED | MREMAP_DONTUNMAP))) &&
                         (!(flags & MREMAP_DONTUNMAP) || rounded == old.bytes) && old.start + rounded > old.start && rounded <= kTop;
   const Shape shape = possible ? ShapeOf(old) : Shape{};
-  const long result = shape.unknown ? -ENOMEM : shape.frames || (shape.uniform && shape.pieces > 1) ? MovePieces(old, rounded, flags, target) : plain();
+  const bool several = shape.frames || (shape.uniform && shape.pieces > 1);
+  const long result = shape.unknown ? -ENOMEM : several ? MovePieces(old, shape, rounded, flags, target) : plain();
   if (Failed(result)) {
     moved.PutBack();
     replaced.PutBack();

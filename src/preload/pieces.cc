@@ -74,13 +74,6 @@ long GrowInPlace(const Piece& last, size_t more) {
   return Failed(grown) ? grown : 0;
 }
 
-Piece LastOf(Span span) {
-  Piece last{};
-  for (Address at = span.start; NextPiece(span, &at, &last);) {
-  }
-  return last;
-}
-
 }  // namespace
 
 bool NextPiece(Span span, Address* at, Piece* piece) {
@@ -105,16 +98,17 @@ Shape ShapeOf(Span span) {
   Shape shape;
   shape.uniform = true;
   Piece piece;
+  bool locked = false;
   Address reached = span.start;
   for (Address at = span.start; NextPiece(span, &at, &piece); reached = piece.end) {
-    const bool locked = IsLocked(piece.start);
+    const bool first = shape.pieces++ == 0, was_locked = locked;
+    if (first) shape.start = piece.start;
+    locked = IsLocked(piece.start);
     shape.uniform &= piece.start == reached && (piece.kind == Piece::kAnonymous || piece.kind == Piece::kFrames) &&
-                     (shape.pieces == 0 || (piece.prot == shape.prot && locked == shape.locked));
+                     (first || (piece.prot == shape.last.prot && locked == was_locked));
     shape.frames |= piece.kind == Piece::kFrames;
     shape.unknown |= piece.kind == Piece::kUnknown;
-    shape.prot = piece.prot;
-    shape.locked = locked;
-    ++shape.pieces;
+    shape.last = piece;
   }
   shape.uniform &= reached == span.end();
   return shape;
@@ -165,14 +159,11 @@ bool LeaveFrames(Span span, bool patient) {
   }
 }
 
-long MovePieces(Span from, size_t new_bytes, int flags, Address to) {
-  const Shape shape = ShapeOf(from);
+long MovePieces(Span from, const Shape& shape, size_t new_bytes, int flags, Address to) {
   const bool moves = flags & (MREMAP_FIXED | MREMAP_DONTUNMAP), stays = flags & MREMAP_DONTUNMAP;
   // To the program several mappings, or holes: what the kernel says of that, which is nothing good where it changes size, or
   // begins with a hole.
-  Piece first;
-  Address at = from.start;
-  if (!NextPiece(from, &at, &first) || first.start != from.start || (!shape.uniform && new_bytes != from.bytes)) return -EFAULT;
+  if (shape.pieces == 0 || shape.start != from.start || (!shape.uniform && new_bytes != from.bytes)) return -EFAULT;
   const size_t kept = new_bytes < from.bytes ? new_bytes : from.bytes;
   const size_t more = new_bytes - kept;
   if (kept < from.bytes) {
@@ -180,7 +171,7 @@ long MovePieces(Span from, size_t new_bytes, int flags, Address to) {
   }
   if (!moves) {
     if (!more) return L(from.start);
-    const long error = GrowInPlace(LastOf(from), more);
+    const long error = GrowInPlace(shape.last, more);
     if (!error || !(flags & MREMAP_MAYMOVE)) return error ? error : L(from.start);
   }
   const long place = MapAnonymous(to, new_bytes, PROT_NONE, flags & MREMAP_FIXED ? MAP_FIXED : 0);

@@ -21,14 +21,14 @@ struct Piece {
 bool NextPiece(Span span, Address* at, Piece* piece);
 
 // How a range that was one mapping looks when it has been merged: without a hole, private, of one protection, all of it locked
-// or nothing.
+// or nothing. Two system calls and a look-up a piece: to be asked once.
 struct Shape {
   size_t pieces = 0;
   bool frames = false;   // some of it shows frames
   bool unknown = false;  // some of it could not be looked at
   bool uniform = false;  // it can have been one private anonymous mapping
-  bool locked = false;
-  int prot = 0;
+  Address start = 0;     // of the first piece
+  Piece last;
 };
 Shape ShapeOf(Span span);
 
@@ -43,7 +43,7 @@ long CopyFrames(Span span);
 // `patient`. Where an engine runs, the caller takes the regions out next. False: some of it still does.
 bool LeaveFrames(Span span, bool patient);
 
-// As mremap does with one mapping, for a range of several pieces. It is no region any more. -errno, or where it is.
-long MovePieces(Span from, size_t new_bytes, int flags, Address to);
+// As mremap does with one mapping, for a range of several pieces, of this shape. It is no region any more. -errno, or where it is.
+long MovePieces(Span from, const Shape& shape, size_t new_bytes, int flags, Address to);
 
 }  // namespace ksmu::preload
