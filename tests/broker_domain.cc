@@ -50,6 +50,7 @@ class FakeFiles : public Domain::Files {
     if (may_write == 0) return -ENOSPC;
     EXPECT_LT(frame / Domain::kFramesPerFile, files);
     EXPECT_FALSE(bytes.contains(frame)) << "written twice";
+    EXPECT_FALSE(covered && covered->contains(frame)) << "written where a mapping is";
     std::copy(page, page + kPage, bytes[frame].begin());
     return 0;
   }
@@ -64,7 +65,7 @@ class FakeFiles : public Domain::Files {
   bool Holds(Frame frame, const std::byte* page) override { return bytes.contains(frame) && std::memcmp(bytes[frame].data(), page, kPage) == 0; }
 
   std::map<Frame, PageBytes> bytes;
-  std::multiset<Frame>* held = nullptr;
+  std::multiset<Frame>*held = nullptr, *covered = nullptr;
   std::size_t files = 0;
   int may_add = 100, may_write = 1;
 };
@@ -112,13 +113,13 @@ TEST(Domain, OneFrameAContentAndStretchesOfOnesOwn) {
   EXPECT_EQ(others[2], others[0] + 1) << "beside what another member publishes";
   EXPECT_EQ(world.Publish(a, {1003})[0], first[0] + 3);
   EXPECT_EQ(world.domain.frames_live(), 6u);
-  // A replica lies beside; of what nobody has there is none.
+  // A replica lies beside; of what nobody has it is the first.
   const auto replicas = world.Publish(a, {1000, 1000, 7777}, SettleEntry::kReplica);
   EXPECT_EQ(replicas[0], first[0] + 4);
   EXPECT_EQ(replicas[1], first[0] + 5);
-  EXPECT_EQ(replicas[2], wire::kNoFrame);
+  EXPECT_EQ(replicas[2], first[0] + 6);
   for (int i = 0; i < 200; ++i) world.Publish(a, {1000}, SettleEntry::kReplica);
-  EXPECT_LE(world.domain.frames_live(), 6u + Domain::kMaxReplicas);
+  EXPECT_LE(world.domain.frames_live(), 7u + Domain::kMaxReplicas);
   world.domain.Gone(a);
   EXPECT_TRUE(world.domain.Holds(b, first[1]));
   world.domain.Gone(b);
@@ -157,6 +158,34 @@ TEST(Domain, AcquiringNeedsTheHash) {
   EXPECT_EQ(world.domain.Release(b, &frame, 1), nullptr);
   EXPECT_TRUE(world.files.bytes.empty());
   EXPECT_EQ(world.Settle(b, {{SettleEntry::kAcquire, hash, frame, 0}})[0], wire::kNoFrame) << "free";
+}
+
+TEST(Domain, WhatIsDroppedIsPunchedAndItsPlaceKept) {
+  World world;
+  const std::uint16_t a = world.domain.Join(), b = world.domain.Join();
+  const Frame frame = world.Publish(a, {50})[0];
+  const std::uint32_t hash = HashOf(PageOf(50).data(), kPage, 5);
+  EXPECT_EQ(world.Settle(b, {{SettleEntry::kAcquire, hash, frame, 0}})[0], frame);
+  EXPECT_EQ(world.domain.Drop(a, &frame, 1), nullptr);
+  EXPECT_NE(world.domain.Drop(a, &frame, 1), nullptr) << "once is enough";
+  EXPECT_EQ(world.files.bytes.size(), 1u) << "the other one's";
+  // Found again while it is there.
+  EXPECT_EQ(world.Settle(a, {{SettleEntry::kAcquire, hash, frame, 0}})[0], frame);
+  EXPECT_EQ(world.domain.Drop(a, &frame, 1), nullptr);
+  EXPECT_EQ(world.domain.Release(b, &frame, 1), nullptr);
+  EXPECT_TRUE(world.files.bytes.empty());
+  EXPECT_EQ(world.index.size(), 0u);
+  EXPECT_EQ(world.Settle(a, {{SettleEntry::kAcquire, hash, frame, 0}})[0], wire::kNoFrame) << "punched";
+  EXPECT_GT(world.domain.frames_given_out(), Domain::kChunk - 1) << "a's mapping covers the place";
+  EXPECT_NE(world.Publish(b, {50})[0], frame);
+  EXPECT_EQ(world.domain.Release(a, &frame, 1), nullptr);
+  EXPECT_NE(world.domain.Release(a, &frame, 1), nullptr);
+  // Who has gone covers nothing.
+  const Frame other = world.Publish(a, {51})[0];
+  EXPECT_EQ(world.domain.Drop(a, &other, 1), nullptr);
+  world.domain.Gone(a);
+  world.domain.Gone(b);
+  EXPECT_EQ(world.domain.frames_given_out(), 0u);
 }
 
 TEST(Domain, HostileMembersAndShortages) {
@@ -210,11 +239,16 @@ TEST(Domain, AgreesWithAModel) {
     SCOPED_TRACE(seed);
     World world;
     std::mt19937 random(seed);
-    std::map<std::uint16_t, std::set<Frame>> holds;  // of members that are here, or have left
+    std::map<std::uint16_t, std::set<Frame>> holds, dropped;  // of members that are here, or have left
     std::set<std::uint16_t> here;
-    std::multiset<Frame> held;
+    std::multiset<Frame> held, covered;
     std::map<Frame, Content> content_of;
     world.files.held = &held;
+    world.files.covered = &covered;
+    const auto got = [&](std::uint16_t member, Frame f) {
+      if (holds[member].insert(f).second) held.insert(f);
+      if (dropped[member].erase(f)) covered.erase(covered.find(f));
+    };
     const Content contents = seed % 3 ? 3000 : 40;
     for (int round = 0; round < 4000; ++round) {
       const unsigned what = random() % 100;
@@ -234,7 +268,9 @@ TEST(Domain, AgreesWithAModel) {
         for (const auto& [m, unused] : holds) if (!here.contains(m)) left.push_back(m);
         const std::uint16_t who = left.empty() ? member : left[random() % left.size()];
         for (Frame f : holds[who]) held.erase(held.find(f));
+        for (Frame f : dropped[who]) covered.erase(covered.find(f));
         holds.erase(who);
+        dropped.erase(who);
         here.erase(who);
         world.domain.Gone(who);
       } else if (what < 60) {
@@ -244,7 +280,7 @@ TEST(Domain, AgreesWithAModel) {
         for (std::size_t i = 0; i < some.size(); ++i) {
           if (frames[i] == wire::kNoFrame) continue;
           ASSERT_EQ(world.files.bytes.at(frames[i]), PageOf(some[i]));
-          if (holds[member].insert(frames[i]).second) held.insert(frames[i]);
+          got(member, frames[i]);
           content_of[frames[i]] = some[i];
         }
       } else if (what < 75) {
@@ -259,18 +295,21 @@ TEST(Domain, AgreesWithAModel) {
         for (const Frame f : world.Settle(member, entries)) {
           if (f == wire::kNoFrame) continue;
           ASSERT_TRUE(world.files.bytes.contains(f));
-          if (holds[member].insert(f).second) held.insert(f);
+          got(member, f);
         }
       } else {
+        const bool drops = what < 85;
         std::vector<std::uint32_t> some;
         for (Frame f : holds[member]) if (random() % 3 == 0) some.push_back(f);
+        for (Frame f : dropped[member]) if (!drops && random() % 3 == 0) some.push_back(f);
         std::shuffle(some.begin(), some.end(), random);
         if (some.size() > wire::kMaxFrames) some.resize(wire::kMaxFrames);
         for (Frame f : some) {
-          holds[member].erase(f);
-          held.erase(held.find(f));
+          if (holds[member].erase(f)) held.erase(held.find(f));
+          if (dropped[member].erase(f)) covered.erase(covered.find(f));
+          if (drops) dropped[member].insert(f), covered.insert(f);
         }
-        ASSERT_EQ(world.domain.Release(member, some.data(), some.size()), nullptr);
+        ASSERT_EQ(drops ? world.domain.Drop(member, some.data(), some.size()) : world.domain.Release(member, some.data(), some.size()), nullptr);
       }
       if (round % 16 == 0) {
         const std::set<Frame> live(held.begin(), held.end());
@@ -285,6 +324,7 @@ TEST(Domain, AgreesWithAModel) {
     }
     const std::size_t used = world.files.files;
     held.clear();
+    covered.clear();
     for (const auto& [m, unused] : holds) world.domain.Gone(m);
     EXPECT_EQ(world.domain.frames_live(), 0u);
     EXPECT_EQ(world.domain.frames_given_out(), 0u);

@@ -226,7 +226,7 @@ TEST(SharedIndex, AgreesWithAMap) {
       const bool grows = round % 600'000 < 300'000;
       if (pairs.empty() || random() % 8 < (grows ? 7u : 1u)) {
         const std::uint32_t hash = random() % 16 ? random() : random() % 64;
-        const Frame frame = random() % IndexReader::kFrames;
+        const Frame frame = random() % wire::kFrameLimit;
         ASSERT_TRUE(writer.Insert(hash, frame));
         model.emplace(hash, frame);
         pairs.emplace_back(hash, frame);
@@ -399,8 +399,7 @@ TEST(Candidates, AgreesWithAMapAndForgetsTheDead) {
     }
   }
   EXPECT_EQ(candidates.size(), model.size());
-  // 16 bytes a candidate, as long as they are many.
-  EXPECT_LE(candidates.bytes(), candidates.size() * 64);
+  EXPECT_LE(candidates.bytes(), candidates.size() * 16);
   members.there.clear();
   members.there.insert({9, 0});
   Owner before;

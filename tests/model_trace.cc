@@ -10,7 +10,8 @@ namespace {
 constexpr std::array<const char*, static_cast<std::size_t>(OpKind::kCount)> kOps = {
     "advise",       "unmerge",     "release", "discard", "unmap",     "merge",         "step",
     "housekeeping", "unmerge-all", "events",  "program", "raw-unmap", "map-again",     "unpin",
-    "pin-write",    "exit",        "time",    "tunable", "map-limit", "pins-possible", "memory"};
+    "pin-write",    "exit",        "time",    "tunable", "map-limit", "pins-possible", "memory",
+    "peer-publish", "peer-offer",  "peer-gives-up", "lose-news", "source-dies", "source-comes"};
 constexpr std::array<const char*, static_cast<std::size_t>(ActionKind::kCount)> kActions = {"start", "step",   "fail",
                                                                                             "short", "events", "back"};
 constexpr std::array<const char*, static_cast<std::size_t>(ProgramKind::kCount)> kPrograms = {
@@ -59,7 +60,7 @@ std::string Trace::Text() const {
   std::ostringstream out;
   out << "config " << config.seed << ' ' << config.pages << ' ' << config.before_boundary << ' ' << config.fork_events
       << ' ' << config.forks << ' ' << config.raw_discards << ' ' << config.protects << ' ' << config.pins << ' '
-      << config.swap << ' ' << (config.refused.empty() ? "-" : config.refused) << ' ' << config.refused_from << '\n';
+      << config.swap << ' ' << (config.refused.empty() ? "-" : config.refused) << ' ' << config.refused_from << ' ' << config.shared << '\n';
   auto write_actions = [&](int id) {
     for (const Action& a : actions) {
       if (a.op != id) continue;
@@ -93,7 +94,7 @@ bool Trace::Parse(const std::string& text, Trace* out, std::string* error) {
       Config& c = out->config;
       good = static_cast<bool>(in >> c.seed >> c.pages >> c.before_boundary >> c.fork_events >> c.forks >>
                                c.raw_discards >> c.protects >> c.pins >> c.swap >> c.refused);
-      in >> c.refused_from;
+      in >> c.refused_from >> c.shared;
       if (c.refused == "-") c.refused.clear();
     } else if (word == "scan" || word == "event") {
       Action a;
@@ -121,7 +122,33 @@ bool Trace::Parse(const std::string& text, Trace* out, std::string* error) {
   return true;
 }
 
-Trace Generate(std::uint64_t seed) {
+namespace {
+
+// What happens around a domain, put in between the operations of a run without one.
+void AddDomain(Trace* t) {
+  std::mt19937_64 rng(t->config.seed * 0xD1B54A32D192ED03u + 1);
+  auto pick = [&](int n) { return static_cast<int>(rng() % static_cast<std::uint64_t>(n)); };
+  t->config.shared = true;
+  std::vector<Op> mixed;
+  const auto add = [&](OpKind kind, int a = 0, int b = 0) { mixed.push_back({0, kind, a, b}); };
+  const bool late = pick(4) == 0;
+  if (!late) add(OpKind::kSourceComes);
+  for (const Op& op : t->ops) {
+    mixed.push_back(op);
+    const int r = pick(100);
+    if (r < 8) add(OpKind::kPeerPublish, pick(6), pick(4) == 0);
+    else if (r < 14) add(OpKind::kPeerOffer, pick(6));
+    else if (r < 18) add(OpKind::kPeerGivesUp, pick(3));
+    else if (r < 19) add(OpKind::kLoseNews);
+    else if (r < 21) add(OpKind::kSourceDies, 1 + pick(3));
+    else if (r < 24 || (late && r < 30)) add(OpKind::kSourceComes, pick(2));
+    else if (r < 34) add(OpKind::kStep, 1 + pick(3));
+  }
+  for (std::size_t i = 0; i < mixed.size(); ++i) mixed[i].id = static_cast<int>(i);
+  t->ops = mixed;
+}
+
+Trace GenerateAlone(std::uint64_t seed) {
   std::mt19937_64 rng(seed * 0x9E3779B97F4A7C15u + 1);
   auto pick = [&](int n) { return static_cast<int>(rng() % static_cast<std::uint64_t>(n)); };
   Trace t;
@@ -222,6 +249,15 @@ Trace Generate(std::uint64_t seed) {
       add(OpKind::kMemory, pick(2) == 0 ? 0 : 4096);
     }
   }
+  return t;
+}
+
+}  // namespace
+
+Trace Generate(std::uint64_t seed) {
+  Trace t = GenerateAlone(seed & ~kSharedSeeds);
+  t.config.seed = seed;
+  if (seed & kSharedSeeds) AddDomain(&t);
   return t;
 }
 

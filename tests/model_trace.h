@@ -36,6 +36,13 @@ enum class OpKind : std::uint8_t {
   kMapLimit,      // a: mappings to spare; 0: plenty
   kPinsPossible,  // a: 1: something could hold a long-term pin
   kMemory,        // a: MiB available
+  // The domain (model_source.h).
+  kPeerPublish,  // a: value, b: as a replica
+  kPeerOffer,    // a: value
+  kPeerGivesUp,  // a: which third
+  kLoseNews,
+  kSourceDies,  // a: when
+  kSourceComes,  // a: 1: with the seed of the one before
   kCount,
 };
 
@@ -94,6 +101,7 @@ struct Config {
   int fail_percent = 0;  // of them, failures
   std::string refused;   // a call that always fails (a seccomp filter) ...
   int refused_from = 0;  // ... from this operation on
+  bool shared = false;   // with a domain
 };
 
 struct Trace {
@@ -105,6 +113,8 @@ struct Trace {
   static bool Parse(const std::string& text, Trace* out, std::string* error);
 };
 
+// Seeds from here on are those of runs with a domain; without that bit they are the same runs, but for it.
+inline constexpr std::uint64_t kSharedSeeds = std::uint64_t{1} << 40;
 Trace Generate(std::uint64_t seed);
 
 }  // namespace ksmu::model

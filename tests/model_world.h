@@ -11,6 +11,7 @@
 #include "engine/engine.h"
 #include "model_fibers.h"
 #include "model_shadow.h"
+#include "model_source.h"
 #include "model_trace.h"
 #include "os/fake_system.h"
 
@@ -69,6 +70,8 @@ class World {
   void Do(const Op& op);
   void ShowPages();
   void LibraryCall(const Op& op);
+  void DomainCall(const Op& op);
+  void TendSources();
   bool StartProgram(int slot, ProgramKind kind, int page, int pages, int value);
   bool DiscardsUnfilled();
   void DiscardDuringForks(int process, int first, int count);
@@ -99,6 +102,14 @@ class World {
   const bool replay_, verbose_;
   os::FakeSystem fake_;
   engine::Tunables tunables_;
+  // Sources that have gone, and whose frames are in use; before the engine, which uses the one that is there.
+  struct Former {
+    std::unique_ptr<ModelSource> source;
+    std::uint32_t number;
+  };
+  std::vector<Former> formers_;
+  std::unique_ptr<ModelSource> source_;
+  int sources_ = 0;
   std::unique_ptr<engine::Engine> engine_;
   std::unique_ptr<Fibers> fibers_;
   const std::size_t page_size_;

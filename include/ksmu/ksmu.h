@@ -195,8 +195,14 @@ enum ksmu_reason {
 /* Options of ksmu_start. All zero is the default of each. */
 struct ksmu_options {
   uint32_t flags;     /* KSMU_START_* */
-  const char *broker; /* socket of the broker (ksmud); NULL: KSMU_BROKER, or none: a domain of its own */
-  const char *domain; /* name of the domain at the broker; NULL: KSMU_DOMAIN, or the user's own */
+  /*
+   * The socket of a broker (ksmud), whose domain this process joins: it shares frames with the other members. NULL: KSMU_BROKER;
+   * without that the default socket, $XDG_RUNTIME_DIR/ksmu/default.sock or /run/ksmu/default.sock, if a broker listens there.
+   * "none": no broker. No broker that may be joined is no error: merging goes on in this process alone, log says why, and it is
+   * tried again.
+   */
+  const char *broker;
+  const char *domain; /* a named domain: its socket is NAME.sock in the directory of the broker's. NULL: KSMU_DOMAIN, or none */
   const char *cpus;   /* CPUs for the library's threads, like "0-3,8"; NULL: KSMU_CPUS, or all it may use */
   int64_t max_maps;   /* the tunable max_maps; 0: KSMU_MAX_MAPS, or its default */
   /*
@@ -518,11 +524,11 @@ KSMU_API int ksmu_explain(const void *addr, struct ksmu_page_info *info, size_t 
  * Units     options may be NULL: defaults. size is sizeof(struct ksmu_options).
  * Lifetime  *options and its strings are copied; log and log_cookie stay in use until the last ksmu_stop has returned.
  * Errors    EALREADY   started with other options.
- *           EINVAL     unknown flag, malformed cpus, negative max_maps, size 0, a bad value in the environment.
+ *           EINVAL     unknown flag, malformed cpus, negative max_maps, size 0, a bad value in the environment; a broker's
+ *                      path that does not begin with '/' (and is not "none"), or is too long; a malformed domain name.
  *           EPERM      no right to userfaultfd: ksmu_last_error() says which command mends it.
  *           ENOSYS     the kernel is too old: ksmu_last_error() names the missing feature. Or mlockall(MCL_FUTURE) is
  *                      in force.
- *           EOPNOTSUPP broker or domain is given, and this build of the library has no broker.
  *           ENOMEM, EMFILE, ENFILE, EAGAIN  no memory, descriptors or threads; EAGAIN also: being stopped.
  *           A failed start changes nothing, and may be tried again.
  * Safety    threads yes; signals no; fork yes: the child's engine starts with the same options.

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "base/test_point.h"
+#include "broker/door.h"
 #include "os/thread.h"
 
 namespace ksmu::api {
@@ -69,6 +70,8 @@ State& state() { return g_state; }
 
 // Where a forked child finds what it inherits: this memory is copied by fork, the engine's own is not.
 constinit engine::Inheritance g_inheritance;
+constinit broker::BrokerDoor g_door;
+static_assert(std::is_trivially_destructible_v<broker::BrokerDoor>);
 constinit std::atomic<bool> g_promise{false};
 constinit std::atomic<bool> g_files_unknown{false};  // frames of an engine that was not at rest when this child was forked
 constinit std::atomic<const void*> g_inherited_holder{nullptr};  // something of the thread's that has the list
@@ -130,6 +133,18 @@ bool ParseInteger(const char* text, std::int64_t* value) {
   return *text && result.ec == std::errc() && result.ptr == end;
 }
 
+// Which domain is joined when the library starts: what the program says goes before what the environment says. 0 or EINVAL.
+int ChooseDomain(const char* broker, const char* domain, engine::RuntimeOptions* options) {
+  if (!broker) broker = secure_getenv("KSMU_BROKER");
+  if (!domain) domain = secure_getenv("KSMU_DOMAIN");
+  if (const char* wrong = g_door.Choose(broker, domain, secure_getenv("XDG_RUNTIME_DIR"))) {
+    Fail(EINVAL, wrong);
+    return EINVAL;
+  }
+  options->door = g_door.has_choice() ? &g_door : nullptr;
+  return 0;
+}
+
 // Values that the environment gives to tunables, once. 0 or EINVAL with a sentence.
 int ReadEnvironment(engine::RuntimeOptions* options) {
   std::int64_t values[kTunableCount];
@@ -156,6 +171,7 @@ int ReadEnvironment(engine::RuntimeOptions* options) {
     }
     std::strcpy(options->cpus, cpus);
   }
+  if (const int error = ChooseDomain(nullptr, nullptr, options)) return error;
   if (const char* user = secure_getenv("KSMU_USER_MODE_ONLY")) options->user_mode_only = std::strcmp(user, "1") == 0;
   for (std::size_t i = 0; i < kTunableCount && !g_environment_read; ++i) {
     if (given[i] && !g_set_by_program[i].load(std::memory_order_relaxed)) {
@@ -422,10 +438,6 @@ Use::Use(Start start) {
     } else {
       engine::RuntimeOptions options;
       error_ = ReadEnvironment(&options);
-      if (!error_ && (secure_getenv("KSMU_BROKER") || secure_getenv("KSMU_DOMAIN"))) {
-        error_ = EOPNOTSUPP;
-        Fail(EOPNOTSUPP, "KSMU_BROKER or KSMU_DOMAIN is set, and this build of the library has no broker: unset it");
-      }
       if (!error_) error_ = StartRuntime(options);
       if (!error_) {
         s.starts = 1;
@@ -461,8 +473,14 @@ int ksmu_start(const struct ksmu_options* given, size_t size) {
   if (s.stopping.load(std::memory_order_relaxed)) return Fail(EAGAIN, "the library is being stopped");
   if (!running && ReadEnvironment(&options)) return -1;
   if (running) options.user_mode_only = s.options.user_mode_only && s.by_first_use;
-  if (wanted.broker || wanted.domain || secure_getenv("KSMU_BROKER") || secure_getenv("KSMU_DOMAIN")) {
-    return Fail(EOPNOTSUPP, "a broker or a domain is asked for, and this build of the library has no broker");
+  if (running) {
+    broker::BrokerDoor other;
+    if (wanted.broker || wanted.domain) {
+      if (const char* wrong = other.Choose(wanted.broker, wanted.domain, secure_getenv("XDG_RUNTIME_DIR"))) return Fail(EINVAL, wrong);
+      if (!other.SameAs(g_door)) return Fail(EALREADY, "the library has been started with another domain: stop it first");
+    }
+  } else if (ChooseDomain(wanted.broker, wanted.domain, &options)) {
+    return -1;
   }
   if (wanted.flags & KSMU_START_USER_MODE_ONLY) options.user_mode_only = true;
   if (wanted.cpus) {

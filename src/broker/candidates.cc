@@ -1,17 +1,22 @@
 #include "broker/candidates.h"
 
-#include "broker/shared_index.h"
+#include <algorithm>
 
 namespace ksmu::broker {
 namespace {
-constexpr std::size_t kSmallest = 1024;
+constexpr std::size_t kSmallest = 1024;  // slots
+}
+
+// A table of any size, not of a power of two: grown by halves, it is never less than half full, which is 16 bytes an offer.
+std::size_t Candidates::Home(std::uint32_t hash) const {
+  const std::uint64_t mixed = hash * 0x9E3779B97F4A7C15ull >> 32;
+  return static_cast<std::size_t>(mixed * slots_.size() >> 32);
 }
 
 // The slot of the hash, or the empty one where it would be.
 std::size_t Candidates::Find(std::uint32_t hash) const {
-  const std::size_t mask = slots_.size() - 1;
-  std::size_t i = IndexReader::Home(hash) & mask;
-  for (;; i = (i + 1) & mask) {
+  std::size_t i = Home(hash);
+  for (;; i = i + 1 == slots_.size() ? 0 : i + 1) {
     const Slot& slot = slots_[i];
     const bool nobody = slot.owner.member == kNobody;
     if (nobody ? slot.owner.generation == 0 : slot.hash == hash) return i;
@@ -22,9 +27,7 @@ void Candidates::MakeRoom() {
   std::vector<Slot> old = std::move(slots_);
   std::size_t there = 0;
   for (const Slot& slot : old) there += slot.owner.member != kNobody && is_there_(cookie_, slot.owner);
-  std::size_t size = kSmallest;
-  while (there * 8 >= size * 3) size *= 2;
-  slots_.assign(size, Slot{0, {kNobody, 0}});
+  slots_.assign(std::max(kSmallest, there + there / 2), Slot{0, {kNobody, 0}});
   live_ = filled_ = there;
   for (const Slot& slot : old) {
     if (slot.owner.member != kNobody && is_there_(cookie_, slot.owner)) slots_[Find(slot.hash)] = slot;
@@ -32,7 +35,7 @@ void Candidates::MakeRoom() {
 }
 
 bool Candidates::Offer(std::uint32_t hash, Owner owner, Owner* before) {
-  if (filled_ * 4 >= slots_.size() * 3) MakeRoom();
+  if (filled_ * 8 >= slots_.size() * 7) MakeRoom();
   Slot& slot = slots_[Find(hash)];
   const bool known = slot.owner.member != kNobody;
   *before = slot.owner;
@@ -47,6 +50,7 @@ void Candidates::Forget(std::uint32_t hash) {
   if (slot.owner.member == kNobody) return;
   slot.owner = {kNobody, 1};
   --live_;
+  if (live_ * 2 < slots_.size() && slots_.size() > kSmallest) MakeRoom();
 }
 
 }  // namespace ksmu::broker

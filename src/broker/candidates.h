@@ -34,6 +34,7 @@ class Candidates {
     Owner owner;  // member 0xffff: empty, or forgotten if the generation is not 0
   };
   static constexpr std::uint16_t kNobody = 0xffff;
+  std::size_t Home(std::uint32_t hash) const;
   std::size_t Find(std::uint32_t hash) const;
   void MakeRoom();
 

@@ -2,9 +2,45 @@
 
 #include <algorithm>
 
+#include "base/longest_run.h"
+
 namespace ksmu::broker {
 
 using wire::SettleEntry;
+
+bool Domain::FrameSet::Has(Frame frame) const {
+  const std::size_t block = frame / kBlock;
+  return block < blocks_.size() && blocks_[block] && blocks_[block]->bits[frame % kBlock];
+}
+
+void Domain::FrameSet::Add(Frame frame) {
+  const std::size_t block = frame / kBlock;
+  if (block >= blocks_.size()) blocks_.resize(block + 1);
+  if (!blocks_[block]) blocks_[block] = std::make_unique<Block>();
+  blocks_[block]->bits.set(frame % kBlock);
+  ++blocks_[block]->count;
+}
+
+void Domain::FrameSet::Remove(Frame frame) {
+  std::unique_ptr<Block>& block = blocks_[frame / kBlock];
+  block->bits.reset(frame % kBlock);
+  if (--block->count == 0) block.reset();
+}
+
+template <typename F>
+void Domain::FrameSet::ForEach(F&& visit) const {
+  for (std::size_t b = 0; b < blocks_.size(); ++b) {
+    if (!blocks_[b]) continue;
+    const auto& bits = blocks_[b]->bits;
+    for (std::size_t i = bits._Find_first(); i < kBlock; i = bits._Find_next(i)) visit(static_cast<Frame>(b * kBlock + i));
+  }
+}
+
+std::size_t Domain::FrameSet::bytes() const {
+  std::size_t bytes = blocks_.size() * sizeof blocks_[0];
+  for (const auto& block : blocks_) bytes += block ? sizeof(Block) : 0;
+  return bytes;
+}
 
 Domain::Domain(Files& files, IndexWriter& index, const IndexReader& reader, std::size_t page_bytes, std::uint64_t seed, Hash hash)
     : storage_(files), index_(index), reader_(reader), page_bytes_(page_bytes), seed_(seed), hash_(hash),
@@ -35,16 +71,10 @@ void Domain::Leave(std::uint16_t member) {
 void Domain::Gone(std::uint16_t member) {
   Member& m = members_[member];
   if (m.state == Member::kHere) Leave(member);
-  idle_.clear();
-  for (std::size_t file = 0; file < m.held.size(); ++file) {
-    if (!m.held[file]) continue;
-    const Bits& bits = *m.held[file];
-    for (std::size_t i = bits._Find_first(); i < bits.size(); i = bits._Find_next(i)) {
-      const auto frame = static_cast<Frame>(file * kFramesPerFile + i);
-      if (--Info(frame).holders == 0) idle_.push_back(frame);
-    }
-  }
-  GiveUp(idle_);
+  touched_.clear();
+  m.held.ForEach([&](Frame frame) { --Info(frame).holders, touched_.push_back(frame); });
+  m.dropped.ForEach([&](Frame frame) { --Info(frame).covers, touched_.push_back(frame); });
+  Tend(touched_);
   const auto next = static_cast<std::uint16_t>(m.generation + 1);
   m = Member{};
   m.generation = next;
@@ -54,30 +84,22 @@ std::size_t Domain::members() const {
   return static_cast<std::size_t>(std::count_if(members_.begin(), members_.end(), [](const Member& m) { return m.state != Member::kNone; }));
 }
 
-bool Domain::Holds(std::uint16_t member, Frame frame) const {
-  const auto& held = members_[member].held;
-  const std::size_t file = frame / kFramesPerFile;
-  return file < held.size() && held[file] && held[file]->test(frame % kFramesPerFile);
-}
-
 std::size_t Domain::metadata_bytes() const {
   std::size_t bytes = candidates_.bytes() + files_.size() * sizeof(File) + files_.size() * kFramesPerFile * sizeof(FrameInfo);
   for (const Member& m : members_) {
-    bytes += sizeof m;
-    for (const auto& bits : m.held) bytes += sizeof bits + (bits ? sizeof(Bits) : 0);
+    bytes += sizeof m + m.held.bytes() + m.dropped.bytes();
   }
   return bytes;
 }
 
-// False: it held it before.
-bool Domain::Hold(Member& member, Frame frame) {
-  const std::size_t file = frame / kFramesPerFile;
-  if (member.held.size() <= file) member.held.resize(file + 1);
-  if (!member.held[file]) member.held[file] = std::make_unique<Bits>();
-  if (member.held[file]->test(frame % kFramesPerFile)) return false;
-  member.held[file]->set(frame % kFramesPerFile);
+void Domain::Hold(Member& member, Frame frame) {
+  if (member.held.Has(frame)) return;
+  member.held.Add(frame);
   ++Info(frame).holders;
-  return true;
+  // Dropped and found again, since another member has held it all the time: the same bytes under the same mappings.
+  if (!member.dropped.Has(frame)) return;
+  member.dropped.Remove(frame);
+  --Info(frame).covers;
 }
 
 void Domain::Free(Frame frame) {
@@ -87,17 +109,29 @@ void Domain::Free(Frame frame) {
   --given_out_;
 }
 
-// Frames without a holder: first nobody finds them, then their bytes go, then their places are free.
-void Domain::GiveUp(const std::vector<Frame>& idle) {
-  for (std::size_t i = 0; i < idle.size();) {
+// Frames without a holder: first nobody finds them, then their bytes go; and once nothing covers them their places are free.
+void Domain::Tend(std::vector<Frame>& touched) {
+  std::sort(touched.begin(), touched.end());
+  const auto is_idle = [this](Frame frame) { return Info(frame).state == FrameInfo::kLive && Info(frame).holders == 0; };
+  for (std::size_t i = 0; i < touched.size();) {
+    if (!is_idle(touched[i])) {
+      ++i;
+      continue;
+    }
     std::size_t end = i + 1;
-    while (end < idle.size() && idle[end] == idle[end - 1] + 1 && idle[end] / kFramesPerFile == idle[i] / kFramesPerFile) ++end;
-    for (std::size_t k = i; k < end; ++k) index_.Erase(Info(idle[k]).hash, idle[k]);
+    while (end < touched.size() && touched[end] == touched[end - 1] + 1 && touched[end] / kFramesPerFile == touched[i] / kFramesPerFile &&
+           is_idle(touched[end])) {
+      ++end;
+    }
+    for (std::size_t k = i; k < end; ++k) index_.Erase(Info(touched[k]).hash, touched[k]);
     live_ -= end - i;
     // Refused: the bytes stay until the place is written again.
-    storage_.Punch(idle[i], end - i);
-    for (std::size_t k = i; k < end; ++k) Free(idle[k]);
+    storage_.Punch(touched[i], end - i);
+    for (std::size_t k = i; k < end; ++k) Info(touched[k]).state = FrameInfo::kPunched;
     i = end;
+  }
+  for (Frame frame : touched) {
+    if (Info(frame).state == FrameInfo::kPunched && Info(frame).covers == 0) Free(frame);
   }
 }
 
@@ -118,16 +152,10 @@ bool Domain::Stretch(Member& member) {
       std::uint16_t& free = file.free[cursor_ % kChunks];
       if (free == 0) continue;
       const std::size_t base = cursor_ % kChunks * kChunk;
-      std::size_t best = 0, longest = 0;
-      for (std::size_t i = base; i < base + kChunk;) {
-        std::size_t end = i;
-        while (end < base + kChunk && file.frames[end].state == FrameInfo::kFree) ++end;
-        if (end - i > longest) best = i, longest = end - i;
-        i = end + 1;
-      }
-      free = static_cast<std::uint16_t>(free - longest);
-      recycled_ -= longest;
-      return give(static_cast<Frame>(cursor_ / kChunks * kFramesPerFile + best), longest);
+      const base::Stretch best = base::LongestRun(base, base + kChunk, [&](std::size_t i) { return file.frames[i].state == FrameInfo::kFree; });
+      free = static_cast<std::uint16_t>(free - best.count);
+      recycled_ -= best.count;
+      return give(static_cast<Frame>(cursor_ / kChunks * kFramesPerFile + best.start), best.count);
     }
     return false;
   };
@@ -149,14 +177,13 @@ Frame Domain::Publish(Member& member, std::uint32_t hash, bool replica) {
     return replica ? ++replicas < kMaxReplicas : false;
   });
   if (contents >= kMaxContents) return wire::kNoFrame;
-  // A replica is one beside another; and of those there are enough.
-  if (replica && (same == wire::kNoFrame || replicas >= kMaxReplicas)) return same;
-  if (!replica && same != wire::kNoFrame) return same;
+  // Of replicas there are enough at some time.
+  if (same != wire::kNoFrame && (!replica || replicas >= kMaxReplicas)) return same;
   if (member.next == member.end && !Stretch(member)) return wire::kNoFrame;
   const Frame frame = member.next;
   if (storage_.Write(frame, page_.data()) != 0 || !index_.Insert(hash, frame)) return wire::kNoFrame;
   ++member.next;
-  Info(frame) = {hash, 0, FrameInfo::kLive};
+  Info(frame) = {hash, 0, 0, FrameInfo::kLive};
   ++live_;
   candidates_.Forget(hash);
   return frame;
@@ -183,21 +210,45 @@ const char* Domain::Settle(std::uint16_t number, const SettleEntry* entries, std
   return nullptr;
 }
 
+const char* Domain::Drop(std::uint16_t number, const std::uint32_t* frames, std::size_t count) {
+  Member& member = members_[number];
+  const char* wrong = nullptr;
+  touched_.clear();
+  for (std::size_t i = 0; i < count && !wrong; ++i) {
+    const Frame frame = frames[i];
+    if (!member.held.Has(frame)) {
+      wrong = "a frame is dropped that is not held";
+      break;
+    }
+    member.held.Remove(frame);
+    member.dropped.Add(frame);
+    --Info(frame).holders;
+    ++Info(frame).covers;
+    touched_.push_back(frame);
+  }
+  Tend(touched_);
+  return wrong;
+}
+
 const char* Domain::Release(std::uint16_t number, const std::uint32_t* frames, std::size_t count) {
   Member& member = members_[number];
   const char* wrong = nullptr;
-  idle_.clear();
+  touched_.clear();
   for (std::size_t i = 0; i < count && !wrong; ++i) {
     const Frame frame = frames[i];
-    if (!Holds(number, frame)) {
+    if (member.held.Has(frame)) {
+      member.held.Remove(frame);
+      --Info(frame).holders;
+    } else if (member.dropped.Has(frame)) {
+      member.dropped.Remove(frame);
+      --Info(frame).covers;
+    } else {
       wrong = "a frame is released that is not held";
       break;
     }
-    member.held[frame / kFramesPerFile]->reset(frame % kFramesPerFile);
-    if (--Info(frame).holders == 0) idle_.push_back(frame);
+    touched_.push_back(frame);
   }
-  std::sort(idle_.begin(), idle_.end());
-  GiveUp(idle_);
+  Tend(touched_);
   return wrong;
 }
 

@@ -1,10 +1,12 @@
 // A domain: its frames, who holds them, and what its members have offered. No sockets, no clock: what comes in are decoded
 // messages, what goes out are answers. One thread.
 //
-// A frame's life: free -> live (written once, entered into the index, held by whoever published it) -> free again when its last
-// holder has let go of it: taken out of the index, punched. A member holds a frame or does not, however many of its pages map
-// it: a bit. It holds all that it has ever got until it releases it, or is gone: its process and every child that it has forked
-// (the caller knows, see docs/broker.md). So no place is written or punched while anybody can show it.
+// A frame's life: free -> live (written once, entered into the index, held by whoever published it) -> punched when its last
+// holder has dropped it (taken out of the index; its place may lie in mappings still, under what a program has written since)
+// -> free again when the last one has released the place. A member holds a frame or does not, however many of its pages map
+// it: a bit; and a bit for the places that it has dropped and not released, which are few. It has all that it has ever got
+// until it says otherwise, or is gone: its process and every child that it has forked (the caller knows, see docs/broker.md).
+// So no frame is punched that anybody can show, and no place is written that anybody's mapping covers.
 //
 // Frames are numbered in the order of publishing within a stretch that is the member's own, so that what it publishes in address
 // order is one mapping, whoever publishes beside it.
@@ -25,7 +27,7 @@ namespace ksmu::broker {
 
 class Domain {
  public:
-  static constexpr std::size_t kFramesPerFile = 65536;
+  static constexpr std::size_t kFramesPerFile = wire::kFramesPerFile;
   static constexpr std::size_t kChunk = 512;
   static constexpr std::uint16_t kMaxMembers = 1024;
   static constexpr int kMaxContents = 16;  // of one hash: more is an accident that does not happen, or an attack
@@ -57,6 +59,8 @@ class Domain {
   using Copy = void (*)(void* cookie, std::uint32_t place, std::byte* page);
   const char* Settle(std::uint16_t member, const wire::SettleEntry* entries, std::size_t count, Copy copy, void* cookie,
                      std::uint32_t* answers);
+  // The member needs the bytes no more, and nobody finds a frame that nobody needs. Its place stays taken.
+  const char* Drop(std::uint16_t member, const std::uint32_t* frames, std::size_t count);
   const char* Release(std::uint16_t member, const std::uint32_t* frames, std::size_t count);
   // `wanted(cookie, member, hash)`: that member is to publish, if it still has the page.
   void Offer(std::uint16_t member, const std::uint32_t* hashes, std::size_t count,
@@ -65,33 +69,51 @@ class Domain {
   std::size_t frames_live() const { return live_; }
   std::size_t frames_given_out() const { return given_out_; }  // places that are not free: live, or a member's to fill
   std::size_t members() const;
-  bool Holds(std::uint16_t member, Frame frame) const;
+  bool Holds(std::uint16_t member, Frame frame) const { return members_[member].held.Has(frame); }
   // Of the bookkeeping, but for the index.
   std::size_t metadata_bytes() const;
 
  private:
   struct FrameInfo {
     std::uint32_t hash = 0;
-    std::uint16_t holders = 0;
-    enum : std::uint8_t { kFree, kGivenOut, kLive } state = kFree;
+    std::uint16_t holders = 0;  // members that need the bytes
+    std::uint16_t covers = 0;   // members that do not, and whose mappings may cover the place
+    enum : std::uint8_t { kFree, kGivenOut, kLive, kPunched } state = kFree;
   };
   struct File {
     std::vector<FrameInfo> frames = std::vector<FrameInfo>(kFramesPerFile);
     std::array<std::uint16_t, kFramesPerFile / kChunk> free{};  // of the frames of each chunk that is in use
   };
-  using Bits = std::bitset<kFramesPerFile>;
+  // A set of frames: bits, in blocks that are there where there are any.
+  class FrameSet {
+   public:
+    bool Has(Frame frame) const;
+    void Add(Frame frame);
+    void Remove(Frame frame);
+    template <typename F>
+    void ForEach(F&& visit) const;
+    std::size_t bytes() const;
+
+   private:
+    static constexpr std::size_t kBlock = 4096;  // frames
+    struct Block {
+      std::bitset<kBlock> bits;
+      std::uint16_t count = 0;
+    };
+    std::vector<std::unique_ptr<Block>> blocks_;
+  };
   struct Member {
     enum State : std::uint8_t { kNone, kHere, kLeft } state = kNone;
     std::uint16_t generation = 0;
     Frame next = 0, end = 0;  // its stretch
-    std::vector<std::unique_ptr<Bits>> held;  // a file each; null: nothing of it
+    FrameSet held, dropped;  // disjoint
   };
 
   FrameInfo& Info(Frame frame) { return files_[frame / kFramesPerFile]->frames[frame % kFramesPerFile]; }
   bool Exists(Frame frame) const { return frame / kFramesPerFile < files_.size(); }
-  bool Hold(Member& member, Frame frame);
+  void Hold(Member& member, Frame frame);
   void Free(Frame frame);
-  void GiveUp(const std::vector<Frame>& idle);
+  void Tend(std::vector<Frame>& touched);
   bool Stretch(Member& member);
   Frame Publish(Member& member, std::uint32_t hash, bool replica);
   static bool IsThere(void* self, Owner owner);
@@ -109,7 +131,7 @@ class Domain {
   std::size_t cursor_ = 0;
   std::size_t live_ = 0, given_out_ = 0, recycled_ = 0;
   std::vector<std::byte> page_;  // the broker's own copy of what is being published
-  std::vector<Frame> idle_;
+  std::vector<Frame> touched_;  // frames that lost a holder or a cover just now
 };
 
 }  // namespace ksmu::broker

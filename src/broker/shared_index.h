@@ -18,6 +18,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "broker/wire.h"
+
 namespace ksmu::broker {
 
 using Frame = std::uint32_t;
@@ -53,9 +55,12 @@ class IndexReader {
     for (std::size_t i = Home(hash) & mask, looked = 0; looked < kMaxProbes; i = (i + 1) & mask, ++looked) {
       const IndexWord word = slots[i].load(std::memory_order_acquire);
       if (word == 0) return;
-      if (word >> 32 == hash && FrameOf(word) < kFrames && !visit(FrameOf(word))) return;
+      if (word >> 32 == hash && FrameOf(word) < wire::kFrameLimit && !visit(FrameOf(word))) return;
     }
   }
+
+  std::uint64_t log_head() const { return Header().log_head.load(std::memory_order_acquire); }
+  std::size_t table_bytes() const { return Header().table_bytes.load(std::memory_order_acquire); }
 
   // Calls `visit(hash, frame)` for what has been published since *position (0: from the beginning), and moves it on. False: some
   // of it is lost, because the log holds only the last kLogEntries; everything has to be looked up.
@@ -69,14 +74,13 @@ class IndexReader {
       const IndexWord word = log[*position % kLogEntries].load(std::memory_order_acquire);
       // Overwritten in the meantime: another entry, and this one is lost.
       complete &= Header().log_head.load(std::memory_order_acquire) - *position < kLogEntries;
-      if (word && FrameOf(word) < kFrames) visit(static_cast<std::uint32_t>(word >> 32), FrameOf(word));
+      if (word && FrameOf(word) < wire::kFrameLimit) visit(static_cast<std::uint32_t>(word >> 32), FrameOf(word));
     }
     return complete;
   }
 
   static std::size_t Home(std::uint32_t hash) { return static_cast<std::size_t>((hash * 0x9E3779B97F4A7C15ull) >> 20); }
   static Frame FrameOf(IndexWord word) { return static_cast<Frame>(word) - 1; }
-  static constexpr Frame kFrames = 1u << 28;
   static constexpr std::size_t kMaxProbes = 4096;
 
  private:

@@ -19,7 +19,9 @@ constexpr Form kForms[] = {
     {Kind::kFile, Sender::kMember, true, 1, 1, kWord},
     {Kind::kSettle, Sender::kMember, true, 1, kMaxSettle, sizeof(SettleEntry)},
     {Kind::kOffer, Sender::kMember, false, 1, kMaxHashes, kWord},
+    {Kind::kDrop, Sender::kMember, false, 1, kMaxFrames, kWord},
     {Kind::kRelease, Sender::kMember, false, 1, kMaxFrames, kWord},
+    {Kind::kReport, Sender::kMember, false, 1, 1, sizeof(ReportEntry)},
     {Kind::kJoined, Sender::kBroker, true, 1, 1, sizeof(JoinedEntry)},
     {Kind::kRefused, Sender::kBroker, true, 1, 1, kWord},
     {Kind::kFileIs, Sender::kBroker, true, 1, 1, kWord},
@@ -37,6 +39,7 @@ void* Entries(Message& m) {
   switch (m.header.kind) {
     case Kind::kJoin: return &m.join;
     case Kind::kJoined: return &m.joined;
+    case Kind::kReport: return &m.report;
     case Kind::kSettle: return m.settle.data();
     default: return m.words.data();
   }
@@ -58,6 +61,7 @@ const char* CheckWords(const Message& m) {
   switch (m.header.kind) {
     case Kind::kFile:
     case Kind::kFileIs: limit = kMaxFiles; break;
+    case Kind::kDrop:
     case Kind::kRelease: limit = kFrameLimit; break;
     case Kind::kSettled: limit = kFrameLimit, may_be_none = true; break;
     case Kind::kRefused:
@@ -78,6 +82,7 @@ const char* CheckEntries(const Message& m) {
       return m.joined.reserved != 0 ? "reserved bits of an answer" : power ? nullptr : "a log of an odd length";
     }
     case Kind::kSettle: return CheckSettle(m);
+    case Kind::kReport: return nullptr;  // any numbers
     default: return CheckWords(m);
   }
 }

@@ -16,9 +16,10 @@ inline constexpr std::uint32_t kVersion = 1;
 inline constexpr std::size_t kMaxSettle = 512;    // a segment's pages
 inline constexpr std::size_t kMaxHashes = 4096;
 inline constexpr std::size_t kMaxFrames = 4096;
+inline constexpr std::uint32_t kFramesPerFile = 65536;
 inline constexpr std::uint32_t kFrameLimit = 1u << 28;  // as many as a page word can name
 inline constexpr std::uint32_t kRingPages = 512;        // of a member's ring
-inline constexpr std::uint32_t kMaxFiles = kFrameLimit / 65536;
+inline constexpr std::uint32_t kMaxFiles = kFrameLimit / kFramesPerFile;
 inline constexpr std::uint32_t kNoFrame = ~std::uint32_t{0};
 
 enum class Kind : std::uint16_t {
@@ -27,9 +28,11 @@ enum class Kind : std::uint16_t {
   kFile,      // one word: a file's number. Answered by kFileIs
   kSettle,    // SettleEntry. Answered by kSettled, an answer for each
   kOffer,     // words: hashes of pages that this member has once
-  kRelease,   // words: frames that it holds no more
+  kDrop,      // words: frames whose bytes it needs no more; its mappings cover their places still
+  kRelease,   // words: frames that nothing of its own can show any more; dropped or not
+  kReport,    // one ReportEntry, now and then
   // from the broker
-  kJoined = 64,  // one JoinedEntry; descriptors of the index, the log and the canary with it
+  kJoined = 64,  // one JoinedEntry; the descriptors of index and canary with it, in this order
   kRefused,      // one word: a Refusal
   kFileIs,       // one word: the file's number; its descriptor with it
   kSettled,      // words: a frame, or kNoFrame, for each entry
@@ -65,7 +68,7 @@ struct JoinedEntry {
 struct SettleEntry {
   enum What : std::uint32_t {
     kPublish = 1,  // the page at `place` in the ring, of this hash: the frame that holds it, new or not
-    kReplica,      // the same, beside the frame that there is: a new one
+    kReplica,      // the same, but a new one beside those that there are, if they are not many
     kAcquire,      // frame `place`, if it still has this hash
     kWhatCount,
   };
@@ -73,6 +76,12 @@ struct SettleEntry {
   std::uint32_t hash = 0;
   std::uint32_t place = 0;
   std::uint32_t reserved = 0;
+};
+
+// What a member says of itself, for whoever looks at the domain. Pages, but for cpu_ns.
+struct ReportEntry {
+  std::uint64_t advised = 0, merged = 0, frames = 0, zero = 0, still = 0, changing = 0;
+  std::uint64_t breaks = 0, cpu_ns = 0;
 };
 
 inline constexpr std::size_t kMaxEntries = kMaxHashes > kMaxFrames ? kMaxHashes : kMaxFrames;
@@ -84,12 +93,13 @@ struct Message {
   Header header;
   JoinEntry join;
   JoinedEntry joined;
+  ReportEntry report;
   std::array<SettleEntry, kMaxSettle> settle;
   std::array<std::uint32_t, kMaxEntries> words;  // hashes, frames, a file, a refusal
 };
 
 // nullptr: *out is a message that `from` may send. Else what is wrong with it, a sentence's middle for the log; the number of
-// the packet is of no use then. Signal- and thread-safe; about a nanosecond an entry.
+// the packet is of no use then. Signal- and thread-safe; one copy of the entries.
 const char* Decode(const std::byte* packet, std::size_t bytes, Sender from, Message* out);
 
 // Writes the message's packet; its length, at most kMaxPacket. header.bytes is set here, header.count is the caller's.

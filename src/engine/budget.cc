@@ -102,7 +102,7 @@ const Engine::Replicas* Engine::ReplicasOf(Frame frame, std::size_t pages) {
   // Where the pool is in pieces they are not side by side at once: the longest stretch counts, and the others are frames
   // like any other.
   for (std::size_t tries = 2 * count; made.count < count && tries; --tries) {
-    const Frame next = Publish(hash, pool_.Bytes(frame), chain);
+    const Frame next = PublishNow(hash, pool_.Bytes(frame), chain);
     if (next == kNoFrame) break;
     chain = next;
     if (stretch.count && (next != stretch.first + stretch.count || !pool_.SameFile(next, stretch.first))) stretch.count = 0;

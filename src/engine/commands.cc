@@ -491,7 +491,7 @@ int Engine::UnmergeAll(bool forget) {
     if (int error = Unmerge({0, PageTable::kLimit})) return error;
     SettlePins();
     ReclaimFrames(true);
-    return 0;
+    return LeaveForeign();
   }
   ApplyMoves();
   for (std::size_t i = 0; i < regions_.size(); ++i) {

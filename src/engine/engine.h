@@ -11,11 +11,12 @@
 //   huge.cc     huge pages: sampled before split                     detach.cc   back to anonymous memory
 //   budget.cc   mappings: who gets them when they are short
 //   commands.cc advise, unmerge, release, discard, unmap             hold.cc     pages out of a run's mapping, and back
-//   events.cc   discards, faults, forks, moves
+//   events.cc   discards, faults, forks, moves                       share.cc    frames of other processes, by a source
 #pragma once
 
 #include <array>
 #include <atomic>
+#include <bitset>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -110,6 +111,19 @@ class Engine {
     ReclaimFrames(true);
     return pool_.ReclaimDue() && !lost_moves_.load(std::memory_order_relaxed);
   }
+
+  // --- other processes (share.cc) ------------------------------------------------------------------------------------
+  // From now on frames come from there, and what is known is offered there; what lies in frames of our own goes back to
+  // anonymous memory, a little at each step. Null: alone again; what was granted stays as it is.
+  void SetSource(frames::Source* source);
+  // Not null, and false: it has gone, and is to be replaced.
+  bool SourceIsThere() const { return pool_.source() && !source_gone_; }
+  // By which the source that there is now is known, also when it has gone; and how many places of its files are in use.
+  std::uint32_t SourceNumber() const { return pool_.owner(); }
+  std::size_t UsedOf(std::uint32_t source) const { return pool_.UsedOf(source); }
+  // Sends what is to be sent, hears what is new. True: the next step has something to do with it.
+  bool HearNews();
+  std::size_t stray_frames() const { return pool_.source() ? pool_.strays() : 0; }
 
   // --- events ------------------------------------------------------------------------------------------------------
   // Reads and answers whatever is pending on the breakers and the children. Event thread.
@@ -207,7 +221,11 @@ class Engine {
   std::byte* ReadBuffer(std::size_t count);
   void ForgetReadBuffer();
   const std::byte* ReadTwin(Address candidate);
-  void MatchPage(Address page, std::uint32_t hash, const std::byte* bytes);
+  static constexpr std::size_t kReadPages = kMaxRunPages;  // read and hashed at a time
+  using PortionBits = std::bitset<kReadPages>;
+  void MatchPage(Address page, std::uint32_t hash, const std::byte* bytes, bool wanted);
+  frames::Frame WriteFrame(const std::byte* bytes);
+  void Enter(frames::Frame frame, std::uint32_t hash, frames::Frame chain);
   std::uint32_t HashOf(const std::byte* bytes) const;
   frames::Frame FrameWithRoom(frames::Frame head, Address page, const std::byte* bytes);
   frames::Frame Publish(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
@@ -216,6 +234,25 @@ class Engine {
   void MergePlanned(Planned* plan, std::size_t count);
   static void ForgetFrame(void* self, frames::Frame frame);
   static bool HashOfEntry(void* self, const frames::Index::Entry& entry, std::uint32_t* hash);
+
+  // share.cc
+  frames::Frame Provide(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
+  frames::Frame PublishNow(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
+  void AcquireKnown(const std::uint32_t* hashes, std::size_t count, const PortionBits& leave);
+  void SettleProvisions();
+  void ReplaceProvisions(Planned* plan, std::size_t* count);
+  bool Ask(frames::Source::Want* wants, std::size_t count);
+  frames::Frame TakeGranted(std::uint32_t hash, frames::Frame theirs);
+  frames::Frame HeadOf(std::uint32_t hash, frames::Frame frame);
+  void TendShared();
+  void NoteNews(std::uint32_t hash, bool wanted);
+  void LookUpKnown();
+  void MatchNews();
+  void ReturnStrays();
+  bool TellsWrites(Address a);
+  int LeaveForeign();
+  // Of no use to anybody else: pages that lie in it are on their way back, and no other is merged into it.
+  bool IsLeftAlone(frames::Frame frame) const { return pool_.source() && pool_.IsStray(frame); }
 
   // merge.cc
   std::size_t MergeRun(const Region& region, Address start, std::size_t pages, frames::Frame first);
@@ -338,7 +375,7 @@ class Engine {
 
   os::System& system_;
   const Tunables& tunables_;
-  const std::uint64_t seed_;
+  std::uint64_t seed_;
   const std::size_t page_;
   Counters counters_;
   PageTable table_;
@@ -378,7 +415,6 @@ class Engine {
   std::array<Replicas, 64> replicas_{};  // made last; each may have been given up since
   std::size_t replicas_next_ = 0;
   std::size_t chunk_ = 0;
-  static constexpr std::size_t kReadPages = kMaxRunPages;  // read and hashed at a time
   static constexpr std::size_t kTwinPages = 16;            // candidates read ahead
   static constexpr std::size_t kHugeBytes = std::size_t{2} << 20;
   std::byte* buffer_ = nullptr;   // kReadPages pages
@@ -396,6 +432,20 @@ class Engine {
   std::size_t twins_size_ = 0;
   Address* zeros_ = nullptr;
   std::size_t zeros_size_ = 0;
+  // Of what is shared with other processes.
+  bool source_gone_ = false;         // found out in the middle of something; seen to by Housekeeping
+  frames::Source::Want* wants_ = nullptr;
+  std::array<frames::Frame, frames::Source::kMaxRing> settled_{};  // what became of each provision
+  struct News {
+    Address page;
+    std::uint32_t hash;
+    bool wanted;
+  };
+  base::OwnVector<News> news_;       // candidates that others have too; those before news_at_ are done
+  std::size_t news_at_ = 0;
+  bool looking_up_ = false;          // all candidates are to be offered and looked up: up to where
+  Address looked_up_to_ = 0, strays_at_ = 0;
+  std::uint64_t strays_after_ = 0;
   // What Fit has seen, good for the batch in hand.
   struct Look {
     os::Mapping mapping;

@@ -114,6 +114,8 @@ bool Engine::SampleSegment(Segment* segment) {
   std::sort(now.hashes.begin(), now.hashes.begin() + now.count);
   for (std::size_t i = 0; i < now.count; ++i) {
     sample_table_.Insert(now.hashes[i], PlaceOf(*segment));
+    // Whoever has it too is told so, and tells us: the table then holds it for another place.
+    if (pool_.source()) pool_.source()->Offer(now.hashes[i]);
   }
   Sample& sample = *segment->sample;
   // What was there the last time, too, is still.
@@ -142,6 +144,9 @@ std::size_t Engine::ExpectedOf(const Segment& segment, bool now) {
         known = HashOfEntry(this, entry, &entrys) && entrys == hash;
         return known ? frames::Index::Visit::kStop : frames::Index::Visit::kNext;
       });
+    }
+    if (!known && pool_.source()) {
+      pool_.source()->Lookup(hash, [](void* cookie, frames::Frame) { return !(*static_cast<bool*>(cookie) = true); }, &known);
     }
     found += known;
   }

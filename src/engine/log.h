@@ -32,7 +32,7 @@ class Log {
  public:
   using Callback = void (*)(int level, const char* message, void* cookie);
   // Delivered in this order where several are waiting.
-  enum Kind : std::uint8_t { kStarted, kContext, kRefused, kFailed, kMaps, kPool, kMemory, kMoves, kChildren, kStopped, kKindCount };
+  enum Kind : std::uint8_t { kStarted, kContext, kRefused, kFailed, kMaps, kPool, kMemory, kMoves, kChildren, kDomain, kStopped, kKindCount };
   static constexpr std::uint64_t kOncePerNs = 60'000'000'000;
 
   Log() = default;

@@ -90,7 +90,7 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
     const std::size_t n = std::min(kReadPages, count - first);
     read += ReadPages(pages + first, n, bytes);
     std::array<std::uint32_t, kReadPages> hashes;
-    std::bitset<kReadPages> leave;
+    PortionBits leave;
     for (std::size_t i = 0; i < n; ++i) {
       leave[i] = unread_[i / 64] >> i % 64 & 1;  // left as it is, with its reason
       if (leave[i]) continue;
@@ -102,9 +102,11 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
       hashes[i] = HashOf(bytes + i * page_);
       index_.Prefetch(hashes[i]);
     }
+    if (pool_.source()) AcquireKnown(hashes.data(), n, leave);
     for (std::size_t i = 0; i < n; ++i) {
-      if (!leave[i]) MatchPage(pages[first + i], hashes[i], bytes + i * page_);
+      if (!leave[i]) MatchPage(pages[first + i], hashes[i], bytes + i * page_, false);
     }
+    SettleProvisions();
   }
   Add(counters_.pages_scanned, static_cast<std::int64_t>(read));
   for (std::size_t i = 0; i < zeros_size_;) {
@@ -139,7 +141,7 @@ Frame Engine::FrameWithRoom(Frame head, Address page, const std::byte* bytes) {
   // was passed over would keep its room for good.
   int looked = 0;
   for (Frame f = head; f != kNoFrame && looked < kChainLook; f = pool_.next(f), ++looked) {
-    if (HasRoom(f) && (f == expected || content::Equal(pool_.Bytes(f), bytes, page_))) return f;
+    if (HasRoom(f) && !IsLeftAlone(f) && (f == expected || content::Equal(pool_.Bytes(f), bytes, page_))) return f;
   }
   return kNoFrame;
 }
@@ -159,7 +161,8 @@ const std::byte* Engine::ReadTwin(Address candidate) {
   return twins_read_.bytes ? twin_bytes_ : nullptr;
 }
 
-void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes) {
+// `wanted`: another member of the domain has such a page; it is worth a frame although we have it once.
+void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes, bool wanted) {
   Frame frame = kNoFrame, full = kNoFrame;
   Address twin = 0;
   using Visit = frames::Index::Visit;
@@ -181,6 +184,10 @@ void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes)
     twin = candidate;
     return Visit::kEraseStop;
   });
+  if (frame == kNoFrame && !twin && wanted) {
+    frame = Publish(hash, bytes, full);
+    if (frame == kNoFrame) return Leave(page, Reason::kPool);
+  }
   if (twin) {
     if (Segment* segment = table_.FindSegment(twin); segment->huge == Segment::kLetGo) {
       ArmAgain(segment);  // and merged by the next sweep, if nobody has written to it by then
@@ -203,16 +210,32 @@ void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes)
   const Page old = table_.Load(page);
   const bool indexed = index_.Insert(hash, {false, kNoFrame, page / page_});
   Set(page, Page().WithState(PageState::kStill).WithValue(hash).WithIndexed(indexed).WithStamp(old.stamp()));
+  if (frames::Source* const source = pool_.source(); source && indexed) source->Offer(hash);
 }
 
-// Writes a frame. It may be mapped from now on, and never changes again. `chain`: a full frame of the same content.
+// A frame of this content. It may be planned with from now on, and mapped once it is no provision any more (share.cc).
+// `chain`: a full frame of the same content.
 Frame Engine::Publish(std::uint32_t hash, const std::byte* bytes, Frame chain) {
+  if (pool_.source() && !source_gone_) return Provide(hash, bytes, chain);
   KSMU_TEST_POINT("publish.begin", reinterpret_cast<Address>(bytes), page_);
+  const Frame frame = WriteFrame(bytes);
+  if (frame == kNoFrame) return kNoFrame;
+  Enter(frame, hash, chain);
+  KSMU_TEST_POINT("publish.written", reinterpret_cast<Address>(bytes), page_);
+  return frame;
+}
+
+// Writes a frame of our own. It never changes again.
+Frame Engine::WriteFrame(const std::byte* bytes) {
   const Frame frame = pool_.Allocate();
   if (frame == kNoFrame) return kNoFrame;
   const os::Partial written =
       system_.WriteFile(pool_.OsFile(frame), pool_.Offset(frame), reinterpret_cast<Address>(bytes), page_);
-  if (written.done != page_) return kNoFrame;  // it has no sharer: the next Reclaim takes it back
+  return written.done == page_ ? frame : kNoFrame;  // it has no sharer: the next Reclaim takes it back
+}
+
+// Makes the frame known, at the head of the chain of those that hold the same.
+void Engine::Enter(Frame frame, std::uint32_t hash, Frame chain) {
   pool_.set_hash(frame, hash);
   pool_.set_next(frame, chain);
   using Visit = frames::Index::Visit;
@@ -223,9 +246,7 @@ Frame Engine::Publish(std::uint32_t hash, const std::byte* bytes, Frame chain) {
     if (pool_.next(chain) == kNoFrame) Add(counters_.chains, 1), Add(counters_.dups, 1);
     Add(counters_.dups, 1);
   }
-  index_.Insert(hash, {true, frame, 0});  // no memory: the frame is mapped by these two, and not found by others
-  KSMU_TEST_POINT("publish.written", reinterpret_cast<Address>(bytes), page_);
-  return frame;
+  index_.Insert(hash, {true, frame, 0});  // no memory: the frame is mapped by who asked for it, and not found by others
 }
 
 void Engine::ForgetFrame(void* self, Frame frame) {

@@ -13,6 +13,7 @@ namespace {
 constexpr std::int64_t kMillisecond = 1'000'000;
 constexpr std::int64_t kFirstPassSleep = 100 * kMillisecond;  // the interval in which a page has to be still
 constexpr std::int64_t kLongestPassSleep = 2000 * kMillisecond;
+constexpr std::int64_t kNewsSleep = 200 * kMillisecond;  // what a broker and other members have to say waits so long
 // Threads of the program wait at the scanner's gates, whatever their priority: so it is not put behind them, and those who
 // answer go first where that is permitted. What the scanner may use is bounded by cpu_limit_percent.
 constexpr int kScannerNice = 0, kEventNice = -10;
@@ -124,6 +125,8 @@ int Runtime::OpenEngine(os::ErrorText* error) {
   engine_->SetPoll([](void* self) { static_cast<Runtime*>(self)->RunReadings(); }, this);
   int result = engine_->Start();
   if (result) error->Set("no memory for the library's own data");
+  filters_at_start_ = os::SystemCallFilters();
+  if (!result) TendDomain();
   if (!result && (result = os::StartThread(&event_, &Runtime::EventMain, this))) {
     error->Set(os::WhyNoThread(result));
   }
@@ -132,6 +135,8 @@ int Runtime::OpenEngine(os::ErrorText* error) {
 
 void Runtime::CloseEngine() {
   if (engine_) {
+    LeaveDomain();
+    ForgetFormers();
     engine_->~Engine();
     base::UnmapOwnPages(engine_, sizeof(Engine));
     engine_ = nullptr;
@@ -532,6 +537,7 @@ void Runtime::InheritRegions() {
 void Runtime::ScannerLoop() {
   ReportStart();
   while (RunCommands()) {
+    TendDomain();
     Report();
     if (pause_.load(std::memory_order_acquire)) {
       Park();
@@ -542,8 +548,10 @@ void Runtime::ScannerLoop() {
       const std::uint64_t now = system_->NowNanoseconds();
       if (now >= next_scan_at_) {
         Scan();
-      } else {
+      } else if (source_ == nullptr) {
         Sleep(static_cast<std::int64_t>(next_scan_at_ - now));
+      } else if (Sleep(std::min(static_cast<std::int64_t>(next_scan_at_ - now), kNewsSleep)); engine_->HearNews()) {
+        next_scan_at_ = std::min(next_scan_at_, std::max(now, rest_until_));
       }
       continue;
     }
@@ -602,6 +610,7 @@ void Runtime::Scan() {
     batch_pages_ = 0;
     sleep = std::max(sleep, sleep_millisecs * kMillisecond);
   }
+  rest_until_ = now + static_cast<std::uint64_t>(sleep);
   if (step.pass_ended) {
     // The length of a pass is the interval in which a page has to be still: not shorter than a tenth of a second, unless
     // somebody wants it flat out. A pass that finds nothing doubles it.

@@ -71,6 +71,7 @@ struct RuntimeOptions {
   Log::Callback log = nullptr;
   void* log_cookie = nullptr;
   Inheritance* inheritance = nullptr;  // never nullptr
+  frames::Door* door = nullptr;        // to the domain that is to be joined; nullptr: none
 };
 
 struct Command {
@@ -146,6 +147,10 @@ class Runtime {
   void Scan();
   void Answer(Slot* slot);
   void Nudge();
+  // domain.cc
+  void TendDomain();
+  void LeaveDomain();
+  void ForgetFormers();
   // report.cc
   void ReportStart();
   void ReportStop(std::uint64_t now, std::size_t kept);
@@ -173,7 +178,19 @@ class Runtime {
   std::size_t batch_pages_ = 0;
   std::int64_t debt_ns_ = 0;         // wall time still to be slept off for CPU time used
   std::uint64_t next_scan_at_ = 0;
+  std::uint64_t rest_until_ = 0;     // of that sleep, what is for the CPU time used
   std::atomic<bool> tunables_changed_{false};
+
+  // The domain. Those that have been left, and whose frames are in use still.
+  struct Former {
+    frames::Source* source = nullptr;
+    std::uint32_t number = 0;
+  };
+  frames::Source* source_ = nullptr;
+  std::array<Former, 8> formers_{};
+  std::uint64_t join_at_ = 0;
+  std::int64_t join_wait_ns_ = 0;
+  int filters_at_start_ = 0;
 
   // Messages, and what has been said already. Scanner.
   Log log_;

@@ -43,6 +43,7 @@ Engine::~Engine() {
   if (runs_) base::UnmapOwnPages(runs_, kRuns * sizeof(os::PageRun));
   if (look_runs_) base::UnmapOwnPages(look_runs_, kLookRuns * sizeof(os::PageRun));
   if (plan_) base::UnmapOwnPages(plan_, 2 * kMaxSegmentPages * sizeof(Planned));
+  if (wants_) base::UnmapOwnPages(wants_, frames::Source::kMaxWants * sizeof *wants_);
   if (zeros_) base::UnmapOwnPages(zeros_, 2 * kMaxSegmentPages * sizeof(Address));
   if (moves_) base::UnmapOwnPages(moves_, sizeof(*moves_));
 }
@@ -67,6 +68,7 @@ Engine::StepResult Engine::Step() {
   StepResult result;
   Housekeeping();
   now_ = false;
+  if (pool_.source()) TendShared();
   const Region* found = regions_.Next(cursor_);
   if (!found) {
     result.pass_ended = true;
@@ -118,6 +120,7 @@ bool Engine::Housekeeping() {
   const bool moved = ApplyMoves();
   const bool repaired = gate_.Repair();
   ReclaimFrames(false);
+  if (pool_.source()) HearNews();
   RetryForeign();
   // Whose memory was released and unmapped is seen also when nothing is scanned.
   if (const std::uint64_t now = system_.NowNanoseconds(); now >= audit_at_) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "base/longest_run.h"
 #include "base/test_point.h"
 
 namespace ksmu::frames {
@@ -11,40 +12,59 @@ Pool::Pool(os::System& system, ForkWatch& forks)
     : system_(system), forks_(forks), page_size_(system.PageSize()) {}
 
 Pool::~Pool() {
+  SetSource(nullptr);
   for (std::size_t i = 0; i < file_count_; ++i) {
-    PoolFile& file = *files_[i];
-    system_.UnmapFile(file.bytes, file.frames * page_size_);
-    system_.CloseFile(file.file);
-    base::UnmapOwnPages(file.meta, kFramesPerFile * sizeof(FrameMeta));
+    if (files_[i]) Close(i);
   }
+}
+
+std::size_t Pool::FreeSlot() const {
+  return static_cast<std::size_t>(std::find(files_.begin(), files_.begin() + kMaxFiles, nullptr) - files_.begin());
+}
+
+// Takes the file over, into the slot; on failure it is closed.
+Pool::PoolFile* Pool::MakeFile(std::size_t slot, const os::File& file, std::size_t frames) {
+  PoolFile* made = file_slab_.Make();
+  if (made) made->meta = static_cast<FrameMeta*>(base::MapOwnPages(kFramesPerFile * sizeof(FrameMeta)));
+  if (!made || !made->meta || system_.MapFile(file, frames * page_size_, &made->bytes) != 0) {
+    if (made && made->meta) base::UnmapOwnPages(made->meta, kFramesPerFile * sizeof(FrameMeta));
+    if (made) file_slab_.Free(made);
+    system_.CloseFile(file);
+    return nullptr;
+  }
+  made->file = file;
+  made->frames = frames;
+  files_[slot] = made;
+  file_count_ = std::max(file_count_, slot + 1);
+  return made;
+}
+
+void Pool::Close(std::size_t slot) {
+  PoolFile& file = *files_[slot];
+  files_[slot] = nullptr;
+  system_.UnmapFile(file.bytes, file.frames * page_size_);
+  system_.CloseFile(file.file);
+  base::UnmapOwnPages(file.meta, kFramesPerFile * sizeof(FrameMeta));
+  file_slab_.Free(&file);
 }
 
 bool Pool::AddFile() {
-  if (file_count_ == kMaxFiles) return false;
-  PoolFile* file = file_slab_.Make();
-  if (!file) return false;
+  const std::size_t slot = FreeSlot();
+  if (slot == kMaxFiles) return false;
   // A file as large as RLIMIT_FSIZE lets it be: below one chunk there is no pool worth having.
   std::size_t frames = kFramesPerFile;
   int error = 0;
-  while ((error = system_.CreateFile(frames * page_size_, &file->file)) == -EFBIG && frames > kChunk) frames /= 2;
-  if (error) {
-    file_slab_.Free(file);
-    return false;
-  }
-  file->frames = frames;
-  file->meta = static_cast<FrameMeta*>(base::MapOwnPages(kFramesPerFile * sizeof(FrameMeta)));
-  if (!file->meta || system_.MapFile(file->file, frames * page_size_, &file->bytes) != 0) {
-    if (file->meta) base::UnmapOwnPages(file->meta, kFramesPerFile * sizeof(FrameMeta));
-    system_.CloseFile(file->file);
-    file_slab_.Free(file);
-    return false;
-  }
-  files_[file_count_++] = file;
+  os::File file;
+  while ((error = system_.CreateFile(frames * page_size_, &file)) == -EFBIG && frames > kChunk) frames /= 2;
+  if (error) return false;
+  PoolFile* const made = MakeFile(slot, file, frames);
+  if (!made) return false;
+  growing_ = made;
+  growing_slot_ = slot;
   return true;
 }
 
-Frame Pool::Take(Frame f) {
-  FrameMeta& meta = Meta(f);
+void Pool::Begin(FrameMeta& meta) {
   meta.sharers.store(0, std::memory_order_relaxed);
   meta.pins.store(0, std::memory_order_relaxed);
   meta.covers = 0;
@@ -53,8 +73,14 @@ Frame Pool::Take(Frame f) {
   meta.born = forks_.epoch();
   meta.idle.store(kNotIdle, std::memory_order_relaxed);
   meta.state = kLive;
-  ++live_;
-  ++used_;
+}
+
+Frame Pool::Take(Frame f) {
+  PoolFile& file = File(f);
+  Begin(Meta(f));
+  ++file.busy[f % kFramesPerFile / kChunk];
+  ++file.used, ++used_;
+  ++file.live, ++live_;
   idle_.fetch_add(1, std::memory_order_relaxed);  // if it is never mapped
   return f;
 }
@@ -64,14 +90,8 @@ Frame Pool::Allocate() {
   // New places first, since they are always consecutive; recycled ones once they are a fair part of the whole, so that
   // merge and break cycles do not grow the pool's address range without end.
   if (recycled_ >= std::max<std::size_t>(kChunk, used_ / 4) && Recycle()) return Take(extent_++);
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    if (file_count_) {
-      PoolFile& file = *files_[file_count_ - 1];
-      if (file.bump < file.frames) {
-        return Take(static_cast<Frame>((file_count_ - 1) * kFramesPerFile + file.bump++));
-      }
-    }
-    if (attempt == 0 && !AddFile()) break;
+  if ((growing_ && growing_->bump < growing_->frames) || AddFile()) {
+    return Take(static_cast<Frame>(growing_slot_ * kFramesPerFile + growing_->bump++));
   }
   return Recycle() ? Take(extent_++) : kNoFrame;
 }
@@ -82,38 +102,35 @@ bool Pool::Recycle() {
   const std::size_t chunks_per_file = kFramesPerFile / kChunk;
   const std::size_t chunks = file_count_ * chunks_per_file;
   for (std::size_t looked = 0; looked < chunks; ++looked, cursor_ = (cursor_ + 1) % chunks) {
+    if (!files_[cursor_ / chunks_per_file]) continue;
     PoolFile& file = *files_[cursor_ / chunks_per_file];
     std::uint16_t& free = file.free[cursor_ % chunks_per_file];
-    if (!free) continue;
-    std::size_t base = (cursor_ % chunks_per_file) * kChunk, best = 0, best_length = 0;
-    const std::size_t end = std::min(base + kChunk, file.bump);
-    for (std::size_t i = base; i < end;) {
-      if (file.meta[i].state != kFree) { ++i; continue; }
-      std::size_t from = i;
-      while (i < end && file.meta[i].state == kFree) ++i;
-      if (i - from > best_length) best = from, best_length = i - from;
-    }
-    if (!best_length) continue;
-    for (std::size_t i = best; i < best + best_length; ++i) file.meta[i].state = kSetAside;
-    free = static_cast<std::uint16_t>(free - best_length);
-    recycled_ -= best_length;
-    extent_ = static_cast<Frame>(cursor_ / chunks_per_file * kFramesPerFile + best);
-    extent_end_ = static_cast<Frame>(extent_ + best_length);
+    if (!free) continue;  // as of every file that is not ours
+    const std::size_t base = (cursor_ % chunks_per_file) * kChunk;
+    const base::Stretch best = base::LongestRun(base, std::min(base + kChunk, file.bump), [&](std::size_t i) { return file.meta[i].state == kFree; });
+    if (best.count == 0) continue;
+    for (std::size_t i = best.start; i < best.start + best.count; ++i) file.meta[i].state = kSetAside;
+    free = static_cast<std::uint16_t>(free - best.count);
+    recycled_ -= best.count;
+    extent_ = static_cast<Frame>(cursor_ / chunks_per_file * kFramesPerFile + best.start);
+    extent_end_ = static_cast<Frame>(extent_ + best.count);
     return true;
   }
   return false;
 }
 
 std::size_t Pool::Files(os::File* files, std::size_t capacity) const {
-  const std::size_t n = std::min(capacity, file_count_);
-  for (std::size_t i = 0; i < n; ++i) files[i] = files_[i]->file;
+  std::size_t n = 0;
+  for (std::size_t i = 0; i < file_count_ && n < capacity; ++i) {
+    if (files_[i]) files[n++] = files_[i]->file;
+  }
   return n;
 }
 
 bool Pool::IsPoolMapping(const os::Mapping& mapping) const {
   if (mapping.anonymous || mapping.shared) return false;
   for (std::size_t i = 0; i < file_count_; ++i) {
-    if (files_[i]->file.inode == mapping.inode && files_[i]->file.device == mapping.device) return true;
+    if (files_[i] && files_[i]->file.inode == mapping.inode && files_[i]->file.device == mapping.device) return true;
   }
   return false;
 }
@@ -148,6 +165,7 @@ void Pool::Uncover(Frame f) {
 
 void Pool::Renumber(const ForkWatch::Epoch* numbers) {
   for (std::size_t n = 0; n < file_count_; ++n) {
+    if (!files_[n]) continue;
     PoolFile& file = *files_[n];
     for (FrameMeta* meta = file.meta; meta != file.meta + file.bump; ++meta) {
       meta->born = numbers[meta->born];
@@ -174,6 +192,7 @@ std::size_t Pool::Reclaim(void (*forget)(void*, Frame), void* cookie) {
     waiting_for_newest |= end == end_of_all;
   };
   for (std::size_t n = 0; n < file_count_; ++n) {
+    if (!files_[n]) continue;
     PoolFile& file = *files_[n];
     std::size_t asked_to = 0;  // idle frames up to here were found idle before the last answer
     const auto may_punch = [&](FrameMeta& meta) {
@@ -188,6 +207,10 @@ std::size_t Pool::Reclaim(void (*forget)(void*, Frame), void* cookie) {
       return meta.born >= end;
     };
     for (std::size_t i = 0; i < file.bump;) {
+      if (i % kChunk == 0 && file.busy[i / kChunk] == 0) {
+        i += kChunk;
+        continue;
+      }
       FrameMeta& meta = file.meta[i];
       if (Idle(meta)) {
         if (i >= asked_to) {
@@ -205,7 +228,7 @@ std::size_t Pool::Reclaim(void (*forget)(void*, Frame), void* cookie) {
         std::size_t end = i + 1;
         while (end < asked_to && may_punch(file.meta[end])) ++end;
         for (std::size_t k = i; k < end; ++k) forget(cookie, static_cast<Frame>(n * kFramesPerFile + k));
-        if (system_.PunchFile(file.file, i * page_size_, (end - i) * page_size_) != 0) {
+        if (Punch(file, i, end - i) != 0) {
           // The bytes stay, and so does the memory; the place is not reused before it can be punched.
           waiting = true;
           i = end;
@@ -218,31 +241,147 @@ std::size_t Pool::Reclaim(void (*forget)(void*, Frame), void* cookie) {
           if (!file.meta[k].uncovered) TakeUp(file.meta[k]);
         }
         punched += end - i;
-        live_ -= end - i;
+        file.live -= end - i, live_ -= end - i;
       }
       if (meta.state == kPunched && meta.covers == 0) {
         ForkWatch::Epoch end = meta.idle.load(std::memory_order_relaxed);
         if (end == kNotIdle) meta.idle.store(end = end_for_places, std::memory_order_relaxed);
         if (meta.born >= end) {
           meta.state = kFree;
-          ++file.free[i / kChunk];
-          ++recycled_;
-          --used_;
+          --file.busy[i / kChunk];
+          --file.used, --used_;
+          if (file.owner == 0) {
+            ++file.free[i / kChunk];
+            ++recycled_;
+          } else if (file.owner == owner_) {
+            source_->Release(static_cast<Frame>(file.number * kFramesPerFile + i));
+          }
         } else {
           wait(end);
         }
       }
       ++i;
     }
+    if (file.owner && file.owner != owner_ && file.used == 0) Close(n);
   }
   if (waiting) idle_.fetch_add(1, std::memory_order_relaxed);
   if (waiting_for_newest) forks_.Begin();
   return punched;
 }
 
+// Gives the frames' bytes back. A source's are dropped by us; of an orphan the bytes stay until its file is closed by all.
+int Pool::Punch(PoolFile& file, std::size_t first, std::size_t count) {
+  if (file.owner == 0) return system_.PunchFile(file.file, first * page_size_, count * page_size_);
+  for (std::size_t i = first; file.owner == owner_ && i < first + count; ++i) {
+    source_->Drop(static_cast<Frame>(file.number * kFramesPerFile + i));
+  }
+  return 0;
+}
+
+// --- a source's frames -----------------------------------------------------------------------------------------------
+
+void Pool::SetSource(Source* source) {
+  if (ring_) {
+    base::UnmapOwnPages(ring_->meta, Source::kMaxRing * sizeof(FrameMeta));
+    file_slab_.Free(ring_);
+    files_[kRingSlot] = ring_ = nullptr;
+  }
+  slots_.fill(0);
+  source_ = source;
+  owner_ = source ? ++sources_ : 0;
+  idle_.fetch_add(1, std::memory_order_relaxed);  // files that have become orphans may be ready to be closed
+  if (!source) return;
+  ring_ = file_slab_.Make();
+  if (ring_) ring_->meta = static_cast<FrameMeta*>(base::MapOwnPages(Source::kMaxRing * sizeof(FrameMeta)));
+  if (ring_ && !ring_->meta) {
+    file_slab_.Free(ring_);
+    ring_ = nullptr;
+  }
+  if (!ring_) return;  // no memory: nothing is published
+  ring_->bytes = source->ring();
+  ring_->frames = std::min(source->ring_pages(), Source::kMaxRing);
+  ring_->owner = owner_;
+  files_[kRingSlot] = ring_;
+}
+
+Frame Pool::Granted(Frame theirs, bool* known) {
+  const std::size_t number = theirs / kFramesPerFile;
+  *known = false;
+  if (number < kMaxFiles && slots_[number] == 0) {
+    const std::size_t slot = FreeSlot();
+    os::File file;
+    if (slot != kMaxFiles && source_->OpenFile(number, &file) == 0) {
+      if (PoolFile* made = MakeFile(slot, file, kFramesPerFile)) {
+        made->owner = owner_;
+        made->number = static_cast<std::uint32_t>(number);
+        made->bump = kFramesPerFile;
+        slots_[number] = static_cast<std::uint16_t>(slot + 1);
+      }
+    }
+  }
+  if (number >= kMaxFiles || slots_[number] == 0) {
+    source_->Release(theirs);
+    return kNoFrame;
+  }
+  const auto f = static_cast<Frame>((slots_[number] - 1u) * kFramesPerFile + theirs % kFramesPerFile);
+  FrameMeta& meta = Meta(f);
+  if (meta.state == kLive) {
+    *known = true;
+  } else if (meta.state == kFree) {
+    Take(f);
+  } else {
+    // Dropped and found again, while mappings cover it: what counts for its place goes on.
+    meta.state = kLive;
+    meta.hash = 0;
+    meta.next = kNoFrame;
+    TakeUp(meta);
+    ++File(f).live, ++live_;
+    idle_.fetch_add(1, std::memory_order_relaxed);
+  }
+  return f;
+}
+
+Frame Pool::Provision() {
+  if (!ring_ || ring_->bump == ring_->frames) return kNoFrame;
+  const Frame f = ProvisionAt(ring_->bump++);
+  Begin(Meta(f));
+  return f;
+}
+
+void Pool::ForEachLive(void (*visit)(void*, Frame), void* cookie) const {
+  for (std::size_t n = 0; n < file_count_; ++n) {
+    if (!files_[n]) continue;
+    for (std::size_t i = 0; i < files_[n]->bump; ++i) {
+      if (i % kChunk == 0 && files_[n]->busy[i / kChunk] == 0) i += kChunk - 1;
+      else if (files_[n]->meta[i].state == kLive) visit(cookie, static_cast<Frame>(n * kFramesPerFile + i));
+    }
+  }
+}
+
+std::size_t Pool::UsedOf(std::uint32_t owner) const {
+  std::size_t used = 0;
+  for (std::size_t i = 0; i < file_count_; ++i) {
+    if (files_[i] && files_[i]->owner == owner) used += files_[i]->used;
+  }
+  return used;
+}
+
+std::size_t Pool::strays() const {
+  std::size_t strays = 0;
+  for (std::size_t i = 0; i < file_count_; ++i) {
+    if (files_[i] && files_[i]->owner != owner_) strays += files_[i]->live;
+  }
+  return strays;
+}
+
 std::size_t Pool::metadata_bytes() const {
   std::size_t bytes = 0;
-  for (std::size_t i = 0; i < file_count_; ++i) bytes += sizeof(PoolFile) + files_[i]->bump * sizeof(FrameMeta);
+  for (std::size_t i = 0; i < file_count_; ++i) {
+    if (!files_[i]) continue;
+    const auto& busy = files_[i]->busy;
+    const auto chunks = static_cast<std::size_t>(std::count_if(busy.begin(), busy.end(), [](std::uint16_t n) { return n != 0; }));
+    bytes += sizeof(PoolFile) + (files_[i]->owner ? chunks * kChunk : files_[i]->bump) * sizeof(FrameMeta);
+  }
   return bytes;
 }
 

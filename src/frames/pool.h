@@ -17,6 +17,10 @@
 // A page counts as a sharer no more when its discard is announced, which is an instant before the kernel discards it, and
 // a fork in that instant inherits the frame. Therefore the bytes of a frame that has to wait anyway wait for the children
 // of the whole epoch in which it was found idle, and the epoch is closed by a later Reclaim than the one that found it.
+//
+// Frames of a source (source.h) lie in files of the source's, and have the same life: to punch one is to drop it, to free its
+// place is to release it. While a source is there no frame of our own is made. Once it is gone its frames are orphans, which
+// nobody here can punch; a file of them is closed when nothing covers it any more.
 #pragma once
 
 #include <array>
@@ -26,12 +30,10 @@
 
 #include "base/own_memory.h"
 #include "frames/fork_watch.h"
+#include "frames/source.h"
 #include "os/os.h"
 
 namespace ksmu::frames {
-
-using Frame = std::uint32_t;
-inline constexpr Frame kNoFrame = ~Frame{0};
 
 class Pool {
  public:
@@ -42,6 +44,30 @@ class Pool {
   // A free frame, now live: the one after the last one given out wherever that is free. kNoFrame: the pool is full
   // (RLIMIT_FSIZE, memory, descriptors). The caller pins it or maps it before the next Reclaim. Scanner only.
   Frame Allocate();
+
+  // Null: it is gone, and its frames are orphans. Scanner only, as all that follows.
+  void SetSource(Source* source);
+  Source* source() const { return source_; }
+  // Ours for a frame that the source has granted, and whether it was held before. kNoFrame: its file cannot be had; it has
+  // been released.
+  Frame Granted(Frame theirs, bool* known);
+  // A place in the source's ring, for contents that are about to be published: a frame that is good for planning, not for
+  // mapping. kNoFrame: there is no place. They are forgotten all at once, when they have been settled.
+  Frame Provision();
+  static bool IsProvision(Frame f) { return f / kFramesPerFile == kRingSlot; }
+  static std::uint32_t RingPlace(Frame f) { return f % kFramesPerFile; }
+  static Frame ProvisionAt(std::size_t place) { return static_cast<Frame>(kRingSlot * kFramesPerFile + place); }
+  std::byte* ProvisionBytes(Frame f) { return source_->ring() + RingPlace(f) * page_size_; }
+  std::size_t provisions() const { return ring_ ? ring_->bump : 0; }
+  void ForgetProvisions() { ring_->bump = 0; }
+  // Live frames that are not of the source that there is now: what is shared in them is not shared with others.
+  bool IsStray(Frame f) const { return File(f).owner != owner_; }
+  bool IsForeign(Frame f) const { return File(f).owner != 0; }  // a source's, whether it is there or not
+  std::size_t strays() const;
+  std::uint32_t owner() const { return owner_; }
+  // Places that are not free in the files of that source.
+  std::size_t UsedOf(std::uint32_t owner) const;
+  void ForEachLive(void (*visit)(void* cookie, Frame), void* cookie) const;
 
   const std::byte* Bytes(Frame f) const { return File(f).bytes + Offset(f); }
   const os::File& OsFile(Frame f) const { return File(f).file; }
@@ -106,8 +132,9 @@ class Pool {
   };
   static constexpr ForkWatch::Epoch kNotIdle = 0xff;
   static_assert(ForkWatch::kMaxEpochs < kNotIdle);
-  static constexpr std::size_t kFramesPerFile = 65536;  // 256 MiB of 4 KiB frames
-  static constexpr std::size_t kMaxFiles = 4096;
+  static constexpr std::size_t kFramesPerFile = Source::kFramesPerFile;  // 256 MiB of 4 KiB frames
+  static constexpr std::size_t kMaxFiles = 4095;
+  static constexpr std::size_t kRingSlot = kMaxFiles;  // of provisions
   static constexpr std::size_t kChunk = 512;
   struct PoolFile {
     os::File file;
@@ -116,6 +143,10 @@ class Pool {
     std::size_t frames = 0;  // the file's length in frames: less than kFramesPerFile under a small RLIMIT_FSIZE
     std::size_t bump = 0;    // frames below have been used before
     std::array<std::uint16_t, kFramesPerFile / kChunk> free{};  // recycled frames in each chunk
+    std::array<std::uint16_t, kFramesPerFile / kChunk> busy{};  // frames in each chunk that are live or punched
+    std::size_t live = 0, used = 0;    // live; live or punched
+    std::uint32_t owner = 0;   // 0: ours, else the number of a source of this pool's; an orphan's has gone
+    std::uint32_t number = 0;  // by which the source knows the file
   };
 
   PoolFile& File(Frame f) const { return *files_[f / kFramesPerFile]; }
@@ -128,15 +159,26 @@ class Pool {
            meta.pins.load(std::memory_order_acquire) == 0;
   }
   void Renumber(const ForkWatch::Epoch* numbers);
+  std::size_t FreeSlot() const;  // kMaxFiles: none
+  PoolFile* MakeFile(std::size_t slot, const os::File& file, std::size_t frames);
+  void Close(std::size_t slot);
   bool AddFile();
   bool Recycle();
   Frame Take(Frame f);
+  void Begin(FrameMeta& meta);
+  int Punch(PoolFile& file, std::size_t first, std::size_t count);
 
   os::System& system_;
   ForkWatch& forks_;
   std::size_t page_size_;
-  std::array<PoolFile*, kMaxFiles> files_{};
-  std::size_t file_count_ = 0;
+  std::array<PoolFile*, kMaxFiles + 1> files_{};  // null: none there
+  std::size_t file_count_ = 0;                    // those behind are null, but for the ring
+  PoolFile* growing_ = nullptr;                   // the last one of ours
+  std::size_t growing_slot_ = 0;
+  Source* source_ = nullptr;
+  std::uint32_t owner_ = 0, sources_ = 0;         // the number of source_, 0 without; how many there have been
+  std::array<std::uint16_t, kMaxFiles> slots_{};  // of the source's files, by their numbers there: 0 none, else slot + 1
+  PoolFile* ring_ = nullptr;
   base::OwnSlab<PoolFile> file_slab_;
   std::size_t recycled_ = 0;   // free places below the bumps
   std::size_t cursor_ = 0;     // where Recycle goes on, in chunks

@@ -33,8 +33,7 @@ ScanResult FakeSystem::Scan(Span span, const ScanRequest& request, PageRun* runs
     const Address from = std::max(v->start, span.start), to = std::min(v->end, span.end());
     const bool async = v->Is(kWriteProtect) && contexts_[static_cast<std::size_t>(v->context)]->wp_async &&
                        (v->file != nullptr || contexts_[static_cast<std::size_t>(v->context)]->wp_unpopulated);
-    // The runs found so far are lost, and what they covered is armed all the same.
-    if (request.write_protect && !async) return {-EPERM, 0, span.start};
+    if (request.write_protect && !async) continue;  // passed over
     const std::uint32_t base = async ? static_cast<std::uint32_t>(kWpAllowed) : 0;
     auto matches = [&](std::uint32_t categories) {
       categories ^= request.inverted;
@@ -424,6 +423,16 @@ int FakeSystem::CreateFile(std::size_t bytes, File* out) {
 void FakeSystem::CloseFile(const File& file) {
   Scope scope(*this, "CloseFile");
   files_.erase(file.fd);
+}
+
+int FakeSystem::ReopenFile(const File& file, File* out) {
+  Scope scope(*this, "ReopenFile");
+  if (scope.error != 0) return scope.error;
+  const auto it = files_.find(file.fd);
+  if (it == files_.end()) return -EBADF;
+  *out = {next_fd_, kDevice, file.inode};
+  files_[next_fd_++] = it->second;
+  return 0;
 }
 
 Partial FakeSystem::WriteFile(const File& file, std::uint64_t offset, Address from, std::size_t bytes) {

@@ -195,6 +195,7 @@ class FakeSystem : public System {
   int Protect(Span, Protection) override;
   int CreateFile(std::size_t bytes, File* out) override;
   void CloseFile(const File&) override;
+  int ReopenFile(const File&, File* out);  // another descriptor of it, as one that has been passed by a socket
   Partial WriteFile(const File&, std::uint64_t offset, Address from, std::size_t bytes) override;
   int PunchFile(const File&, std::uint64_t offset, std::size_t bytes) override;
   int MapFile(const File&, std::size_t bytes, const std::byte** out) override;

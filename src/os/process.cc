@@ -40,6 +40,20 @@ int UnshareDescriptors() {
   return 0;
 }
 
+int SystemCallFilters() {
+  char text[4096];
+  const std::int64_t n = ReadSmallFile(AT_FDCWD, "/proc/thread-self/status", text, sizeof text);
+  if (n <= 0) return -1;
+  std::string_view rest(text, static_cast<std::size_t>(n));
+  constexpr std::string_view kField = "\nSeccomp_filters:";  // since 5.9
+  const std::size_t at = rest.find(kField);
+  if (at == rest.npos) return -1;
+  rest.remove_prefix(at + kField.size());
+  while (!rest.empty() && rest.front() == '\t') rest.remove_prefix(1);
+  std::uint64_t count;
+  return TakeDecimal(&rest, &count) ? static_cast<int>(count) : -1;
+}
+
 int CurrentThread() { return static_cast<int>(syscall(SYS_gettid)); }
 
 bool OwnThreads::Add(int thread) {

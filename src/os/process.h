@@ -17,6 +17,8 @@ namespace ksmu::os {
 int UnshareDescriptors();
 
 int CurrentThread();  // its thread id
+// How many filters of system calls are upon the calling thread; -1: it cannot be told.
+int SystemCallFilters();
 
 // The threads of the library itself. Threads register before they do anything else; a handful of them.
 class OwnThreads {

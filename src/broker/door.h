@@ -1,0 +1,35 @@
+// The way from a name to a domain: which socket, and whose broker.
+#pragma once
+
+#include <cstddef>
+
+#include "frames/source.h"
+#include "os/probe.h"
+
+namespace ksmu::broker {
+
+// Trivially destructible: library threads outlive static destructors.
+class BrokerDoor final : public frames::Door {
+ public:
+  static constexpr std::size_t kCandidates = 2;
+
+  // By the path of a socket ("none": no domain at all), by the name of a domain, by both (the name's socket in the path's
+  // directory), or by neither: the default domain, if its broker listens. `runtime_directory` is XDG_RUNTIME_DIR, or null.
+  // Null, or what is wrong with them.
+  const char* Choose(const char* broker, const char* domain, const char* runtime_directory);
+  bool has_choice() const { return paths_[0][0] != 0; }
+  bool SameAs(const BrokerDoor& other) const;
+
+  frames::Source* Enter(std::size_t page_bytes, const char** why) override;
+  void Leave(frames::Source* source) override;
+  void Forget(frames::Source* source) override;
+
+ private:
+  static constexpr std::size_t kMaxPath = 256;  // more than a socket's can be
+  char paths_[kCandidates][kMaxPath] = {};  // tried in this order
+  bool asked_for_ = false;    // whoever is not there is missed
+  int last_error_ = 0;        // said already
+  os::ErrorText why_;
+};
+
+}  // namespace ksmu::broker

@@ -1,0 +1,163 @@
+// The broker without its sockets: who is a member of which domain, and what is answered to which message.
+//
+// Connections come and go by calls, packets come in by Received and go out through an Outbox; time is what Tick was told last.
+// One thread, no waiting. Whatever a member sends, the worst that happens is that it is dropped: its connection ends, and what
+// it holds is kept until nobody can have it mapped.
+//
+// An answer is never lost: what the socket does not take is kept, and nothing more is read of that connection (MayRead) until it
+// has gone out. What is *wanted* of a member waits for it in a queue with an end; what does not fit is lost, and the page is
+// asked for when it is offered again.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "broker/domain.h"
+#include "broker/storage.h"
+#include "broker/wire.h"
+
+namespace ksmu::broker {
+
+using ConnId = std::uint64_t;  // never used twice
+
+struct Credentials {
+  std::uint32_t uid = 0;
+  std::int32_t pid = 0;
+};
+
+class Outbox {
+ public:
+  virtual ~Outbox() = default;
+  // False: it does not fit now, and nothing of it was sent; Writable is to be called when that has changed. A connection that is
+  // broken takes everything. The descriptors stay the caller's.
+  virtual bool Send(ConnId conn, const std::byte* packet, std::size_t bytes, const int* descriptors, std::size_t count) = 0;
+  // The connection is to end, and is not spoken of any more. Does not call the server.
+  virtual void Drop(ConnId conn, const char* reason) = 0;
+};
+
+enum class Level { kWarning = 1, kInfo, kDebug };
+
+class Server {
+ public:
+  static constexpr std::size_t kMaxWanted = 64 * 1024;  // hashes that wait for a member
+  static constexpr std::uint64_t kSecond = 1'000'000'000;
+  static constexpr std::uint64_t kJoinWithin = 10 * kSecond;
+  static constexpr int kMaxStrangers = 128;  // of one user: connections that have not joined
+
+  struct Config {
+    std::size_t page_bytes = 4096;
+    std::uint64_t seed = 0;
+    std::function<void(Level, const std::string&)> log;
+    // Closes what a member has sent and nobody wants. To close a file of a stranger's can take as long as the stranger
+    // likes (FUSE, a socket that lingers). None: it is closed at once.
+    std::function<void(std::vector<Fd>)> dispose;
+  };
+  Server(Config config, Outbox& outbox);
+  ~Server();
+
+  // A place to connect to. Without a name each user has a domain of its own there, else all who come share one.
+  std::uint32_t AddListener(std::string name);
+
+  // False: not let in.
+  bool Connected(ConnId conn, std::uint32_t listener, Credentials who);
+  // A packet; the descriptors are the server's.
+  void Received(ConnId conn, const std::byte* packet, std::size_t bytes, std::vector<Fd> descriptors);
+  // Something came that cannot even be received.
+  void Reject(ConnId conn, const char* why, std::vector<Fd> descriptors);
+  void Disconnected(ConnId conn);
+  // Takes packets again.
+  void Writable(ConnId conn);
+  bool MayRead(ConnId conn) const;
+  bool WantsToWrite(ConnId conn) const;
+
+  // Sends what is wanted of whom. After every few messages: it is gathered until then.
+  void Flush();
+  // The time in ns, which does not go back. Returns when the next call is due, a second from now at the latest.
+  std::uint64_t Tick(std::uint64_t now);
+
+  struct DomainStatus {
+    std::string name;
+    std::size_t members = 0, left = 0;  // left: gone, but for processes that may have frames mapped
+    std::size_t frames = 0, places = 0;  // live; not free
+    std::size_t metadata_bytes = 0;
+    std::uint64_t wanted_lost = 0;
+    wire::ReportEntry reports;  // of those connected, added up
+  };
+  std::vector<DomainStatus> Status() const;
+  std::size_t connections() const { return connections_.size(); }
+
+ private:
+  struct Home;
+  struct Connection {
+    ConnId id = 0;
+    std::uint32_t listener = 0;
+    Credentials who;
+    Home* home = nullptr;  // null: has not joined
+    std::uint16_t member = 0;
+    Ring ring;
+    Canary canary;
+    bool blocked = false;         // the socket takes nothing
+    std::vector<std::byte> kept;  // an answer that it has not taken
+    std::vector<int> kept_descriptors;
+    std::deque<std::uint32_t> wanted;
+    wire::ReportEntry report;
+  };
+  // Whose connection has ended.
+  struct Left {
+    std::uint16_t member = 0;
+    Credentials who;
+    Canary canary;
+    std::uint64_t ask_at = 0, delay = 0;
+  };
+  // A domain, with all that belongs to it.
+  struct Home {
+    Home(std::size_t page_bytes) : storage(page_bytes) {}
+    std::string name;
+    Storage storage;
+    std::unique_ptr<IndexWriter> index;
+    std::unique_ptr<IndexReader> reader;
+    std::unique_ptr<Domain> domain;
+    std::vector<Connection*> connected;  // by the member's number
+    std::vector<Left> left;
+    std::uint64_t wanted_lost = 0;
+  };
+  using HomeKey = std::pair<std::uint32_t, std::int64_t>;  // listener, user (-1: all)
+
+  void Join(Connection& conn, std::vector<Fd>& descriptors);
+  const char* Handle(Connection& conn);
+  const char* Settle(Connection& conn);
+  Home* HomeFor(const Connection& conn);
+  void CloseIfEmpty(const HomeKey& key);
+  HomeKey KeyOf(const Connection& conn) const;
+  void Answer(Connection& conn, const int* descriptors, std::size_t count);
+  void Refuse(Connection& conn, wire::Refusal why, const char* words);
+  void Drop(Connection& conn, const char* reason);
+  void Forget(Connection& conn);
+  void SendWanted(Connection& conn);
+  void Want(Connection& conn, std::uint32_t hash);
+  void Dispose(std::vector<Fd> descriptors);
+  bool IsGone(Home& home, Left& left);
+  std::string NameOf(const Connection& conn) const;
+  void Log(Level level, const std::string& line) const;
+  void LogMember(Level level, const std::string& domain, Credentials who, const std::string& what) const;
+
+  const Config config_;
+  Outbox& outbox_;
+  std::vector<std::string> listeners_;
+  std::unordered_map<ConnId, std::unique_ptr<Connection>> connections_;
+  std::map<HomeKey, std::unique_ptr<Home>> homes_;
+  std::deque<std::pair<std::uint64_t, ConnId>> deadlines_;  // of those that have connected, in order
+  std::map<std::uint32_t, int> strangers_;                  // of each user: connections that have not joined
+  std::vector<ConnId> wanting_;                             // something is wanted of them
+  std::uint64_t now_ = 0;
+  wire::Message in_, out_;
+  std::vector<std::byte> packet_;
+};
+
+}  // namespace ksmu::broker

@@ -1,0 +1,70 @@
+// The runtime as a member of a domain: it joins when it starts, and again when the broker has gone. Between that it goes on
+// alone; nothing that is merged is undone for it.
+
+#include <algorithm>
+
+#include "engine/runtime.h"
+#include "ksmu/ksmu.h"
+#include "os/process.h"
+
+namespace ksmu::engine {
+namespace {
+constexpr std::int64_t kFirstWait = 1'000'000'000, kLongestWait = 16'000'000'000;
+}  // namespace
+
+void Runtime::TendDomain() {
+  if (!options_.door) return;
+  const std::uint64_t now = system_->NowNanoseconds();
+  if (source_ && !engine_->SourceIsThere()) {
+    LeaveDomain();
+    join_wait_ns_ = 0;
+    if (log_.on()) {
+      Sentence s;
+      s << "the broker has gone, or does not answer: what it gave stays merged, and merging goes on in this process alone";
+      log_.Say(Log::kDomain, KSMU_LOG_WARNING, s, now);
+    }
+  } else if (source_ || now < join_at_) {
+    return;
+  }
+  ForgetFormers();
+  join_wait_ns_ = join_wait_ns_ ? std::min(join_wait_ns_ * 2, kLongestWait) : kFirstWait;
+  join_at_ = now + static_cast<std::uint64_t>(join_wait_ns_);
+  // No place to remember it by, or a filter of system calls since the start, to which connecting might be news.
+  if (formers_.back().source || os::SystemCallFilters() != filters_at_start_) return;
+  const char* why = nullptr;
+  source_ = options_.door->Enter(engine_->page_size(), &why);
+  if (source_) {
+    engine_->SetSource(source_);
+    pass_sleep_ns_ = 0;
+    next_scan_at_ = 0;
+  }
+  if (!log_.on() || (!source_ && !why)) return;
+  Sentence s;
+  if (source_) s << "a broker's domain has been joined";
+  else s << "merging goes on in this process alone: " << why;
+  log_.Say(Log::kDomain, source_ ? KSMU_LOG_INFO : KSMU_LOG_WARNING, s, now);
+}
+
+void Runtime::LeaveDomain() {
+  if (!source_) return;
+  options_.door->Leave(source_);
+  for (Former& former : formers_) {
+    if (former.source) continue;
+    former = {source_, engine_->SourceNumber()};
+    break;
+  }
+  engine_->SetSource(nullptr);
+  source_ = nullptr;
+}
+
+void Runtime::ForgetFormers() {
+  std::size_t kept = 0;
+  for (Former& former : formers_) {
+    if (!former.source) continue;
+    if (engine_->UsedOf(former.number) == 0) options_.door->Forget(former.source);
+    else formers_[kept++] = former;
+  }
+  while (kept < formers_.size()) formers_[kept++] = {};
+}
+
+}  // namespace ksmu::engine

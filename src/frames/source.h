@@ -1,0 +1,82 @@
+// Frames that another process hands out: the broker's side of the pool, as the engine sees it (docs/broker.md). Implemented by
+// broker/member.h over a socket, and by the tests over a domain in the same process.
+//
+// Its frames have numbers of their own; the pool translates. A frame that is granted is held, bytes and place, until Drop and
+// Release: the rules of pool.h decide when. What is said of contents is a hint: every byte is proved by the engine itself.
+//
+// All calls but Lookup come from the scanner, with no gate shut: an answer may take its time. Once a call has said that it is
+// gone (-errno, false), nothing is granted any more; what was granted stays mapped and unchanged.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "os/os.h"
+
+namespace ksmu::frames {
+
+using Frame = std::uint32_t;
+inline constexpr Frame kNoFrame = ~Frame{0};
+
+class Source {
+ public:
+  static constexpr std::size_t kFramesPerFile = 65536;
+  static constexpr std::size_t kMaxWants = 512, kMaxRing = 512;
+
+  struct Want {
+    enum Kind : std::uint32_t {
+      kPublish = 1,  // the frame that holds what lies at `place` in the ring: there already, or new
+      kReplica,      // a new one beside those that hold it, or one of them
+      kAcquire,      // theirs, if it has this hash still
+    };
+    Kind kind = kPublish;
+    std::uint32_t hash = 0;
+    std::uint32_t place = 0;
+    Frame theirs = kNoFrame;  // kAcquire: which; afterwards what was granted, or kNoFrame
+  };
+
+  virtual ~Source() = default;
+
+  virtual std::uint64_t seed() const = 0;  // of the domain's hashes
+  // Where contents are put that are to be published.
+  virtual std::byte* ring() = 0;
+  virtual std::size_t ring_pages() const = 0;
+
+  // Asks for all of them (at most kMaxWants) and waits for the answers, for a limited time. False: it is gone.
+  virtual bool Settle(Want* wants, std::size_t count) = 0;
+  // File `number` of the source's, to be closed by the caller, sealed against changes of its length. 0 or -errno.
+  virtual int OpenFile(std::size_t number, os::File* out) = 0;
+  // This member has a page of this hash, once. Kept and sent with others.
+  virtual void Offer(std::uint32_t hash) = 0;
+  // The bytes are needed no more; the place is covered no more. Kept and sent with others, before anything is asked for.
+  virtual void Drop(Frame theirs) = 0;
+  virtual void Release(Frame theirs) = 0;
+
+  // Calls `visit(cookie, theirs)` for what the index says of the hash, until it answers false. No call, no message.
+  virtual void Lookup(std::uint32_t hash, bool (*visit)(void* cookie, Frame theirs), void* cookie) const = 0;
+
+  // Sends what has been kept, and reads what has come, without waiting. False: it is gone.
+  struct News {
+    void* cookie = nullptr;
+    void (*wanted)(void* cookie, std::uint32_t hash) = nullptr;                    // somebody else has such a page
+    void (*published)(void* cookie, std::uint32_t hash, Frame theirs) = nullptr;  // there is such a frame
+    void (*missed)(void* cookie) = nullptr;  // more was published than is known: look everything up
+  };
+  virtual bool Serve(const News& news) = 0;
+};
+
+// Where a source is to be had. On the scanner.
+class Door {
+ public:
+  // Null where there is none, with the reason, if it is one that a user should hear of, in `why`.
+  virtual Source* Enter(std::size_t page_bytes, const char** why) = 0;
+  // No question any more; what is kept is sent, if that needs no waiting. Its frames may be in use still.
+  virtual void Leave(Source* source) = 0;
+  // None of them is. The source is gone afterwards.
+  virtual void Forget(Source* source) = 0;
+
+ protected:
+  ~Door() = default;
+};
+
+}  // namespace ksmu::frames
