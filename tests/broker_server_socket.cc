@@ -184,12 +184,12 @@ TEST_P(Ksmud, WhoDoesNotReadHoldsUpNobody) {
   }
   // What is wanted of the slow one, more than is kept for it.
   std::vector<std::uint32_t> hashes(wire::kMaxHashes);
-  for (int round = 0; round < 40; ++round) {
+  for (int round = 0; round < 300; ++round) {
     for (std::uint32_t i = 0; i < hashes.size(); ++i) hashes[i] = static_cast<std::uint32_t>(round) << 16 | i;
     ASSERT_TRUE(slow.SendWords(Kind::kOffer, hashes));
   }
   double longest = 0;
-  for (int round = 0; round < 40; ++round) {
+  for (int round = 0; round < 300; ++round) {
     for (std::uint32_t i = 0; i < hashes.size(); ++i) hashes[i] = static_cast<std::uint32_t>(round) << 16 | i;
     ASSERT_TRUE(other.SendWords(Kind::kOffer, hashes));
     const double start = Now();

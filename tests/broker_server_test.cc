@@ -418,7 +418,7 @@ TEST_F(BrokerServer, OffersAreTurnedIntoWishes) {
 
 TEST_F(BrokerServer, WishesThatDoNotFitAreLostAndCounted) {
   const Member a = Join(default_), b = Join(default_);
-  constexpr std::uint32_t kOffers = 20 * wire::kMaxHashes;
+  constexpr std::uint32_t kOffers = Server::kMaxWanted + 4 * wire::kMaxHashes;
   const auto offer_all = [&](const Member& member) {
     for (std::uint32_t first = 0; first < kOffers; first += wire::kMaxHashes) {
       std::vector<std::uint32_t> hashes(wire::kMaxHashes);

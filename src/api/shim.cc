@@ -44,6 +44,10 @@ int ksmushim_may_hold(const void* start, size_t length) {
   return presence().MayHold({reinterpret_cast<os::Address>(start), length});
 }
 
+void ksmushim_note(const void* start, size_t length) {
+  presence().Note({reinterpret_cast<os::Address>(start), length});
+}
+
 int ksmushim_call(void* start, size_t length, long number, const long* arguments, long* result) {
   const SameErrno same;
   Use use(Use::kNever);

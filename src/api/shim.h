@@ -20,6 +20,9 @@ KSMU_API int ksmushim_state(void);
 // Whether part of the range may be a region. "No" is certain. Without a lock or a system call; any thread, any moment.
 KSMU_API int ksmushim_may_hold(const void* start, size_t length);
 
+// What was part of a region, or may lie in mappings of frames, has been moved there: may_hold says yes from now on. Any thread.
+KSMU_API void ksmushim_note(const void* start, size_t length);
+
 // Makes a system call on the scanner's thread, with no merge in hand: for calls that change protection or attributes of
 // regions, which a merge would carry over from before. False: no engine is running, nothing was done.
 KSMU_API int ksmushim_call(void* start, size_t length, long number, const long* arguments, long* result);

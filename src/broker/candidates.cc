@@ -35,7 +35,9 @@ void Candidates::MakeRoom() {
 }
 
 bool Candidates::Offer(std::uint32_t hash, Owner owner, Owner* before) {
-  if (filled_ * 8 >= slots_.size() * 7) MakeRoom();
+  // An end to it, whoever offers what: all start anew.
+  if (live_ >= kMost) slots_.clear();
+  if (filled_ * 8 >= slots_.size() * 7 || slots_.empty()) MakeRoom();
   Slot& slot = slots_[Find(hash)];
   const bool known = slot.owner.member != kNobody;
   *before = slot.owner;

@@ -16,6 +16,7 @@ struct Owner {
 
 class Candidates {
  public:
+  static constexpr std::size_t kMost = std::size_t{1} << 25;  // 128 GiB of pages, each once; 512 MiB of slots at the most
   // `is_there(cookie, owner)`: the member has not gone. Asked when the table grows: offers of those that have are left behind.
   using IsThere = bool (*)(void* cookie, Owner);
   Candidates(IsThere is_there, void* cookie) : is_there_(is_there), cookie_(cookie) {}

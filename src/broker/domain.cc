@@ -28,12 +28,14 @@ void Domain::FrameSet::Remove(Frame frame) {
 }
 
 template <typename F>
-void Domain::FrameSet::ForEach(F&& visit) const {
-  for (std::size_t b = 0; b < blocks_.size(); ++b) {
-    if (!blocks_[b]) continue;
-    const auto& bits = blocks_[b]->bits;
-    for (std::size_t i = bits._Find_first(); i < kBlock; i = bits._Find_next(i)) visit(static_cast<Frame>(b * kBlock + i));
-  }
+bool Domain::FrameSet::TakeBlock(F&& visit) {
+  while (!blocks_.empty() && !blocks_.back()) blocks_.pop_back();
+  if (blocks_.empty()) return false;
+  const auto& bits = blocks_.back()->bits;
+  const std::size_t base = (blocks_.size() - 1) * kBlock;
+  for (std::size_t i = bits._Find_first(); i < kBlock; i = bits._Find_next(i)) visit(static_cast<Frame>(base + i));
+  blocks_.pop_back();
+  return true;
 }
 
 std::size_t Domain::FrameSet::bytes() const {
@@ -68,16 +70,21 @@ void Domain::Leave(std::uint16_t member) {
   for (; m.next != m.end; ++m.next) Free(m.next);
 }
 
-void Domain::Gone(std::uint16_t member) {
+bool Domain::Gone(std::uint16_t member, std::size_t most) {
   Member& m = members_[member];
   if (m.state == Member::kHere) Leave(member);
-  touched_.clear();
-  m.held.ForEach([&](Frame frame) { --Info(frame).holders, touched_.push_back(frame); });
-  m.dropped.ForEach([&](Frame frame) { --Info(frame).covers, touched_.push_back(frame); });
-  Tend(touched_);
-  const auto next = static_cast<std::uint16_t>(m.generation + 1);
-  m = Member{};
-  m.generation = next;
+  for (; most > 0; --most) {
+    touched_.clear();
+    const bool any = m.held.TakeBlock([&](Frame frame) { --Info(frame).holders, touched_.push_back(frame); }) ||
+                     m.dropped.TakeBlock([&](Frame frame) { --Info(frame).covers, touched_.push_back(frame); });
+    Tend(touched_);
+    if (any) continue;
+    const auto next = static_cast<std::uint16_t>(m.generation + 1);
+    m = Member{};
+    m.generation = next;
+    return true;
+  }
+  return false;
 }
 
 std::size_t Domain::members() const {
@@ -179,7 +186,7 @@ Frame Domain::Publish(Member& member, std::uint32_t hash, bool replica) {
   if (contents >= kMaxContents) return wire::kNoFrame;
   // Of replicas there are enough at some time.
   if (same != wire::kNoFrame && (!replica || replicas >= kMaxReplicas)) return same;
-  if (member.next == member.end && !Stretch(member)) return wire::kNoFrame;
+  if (live_ >= most_frames_ || (member.next == member.end && !Stretch(member))) return wire::kNoFrame;
   const Frame frame = member.next;
   if (storage_.Write(frame, page_.data()) != 0 || !index_.Insert(hash, frame)) return wire::kNoFrame;
   ++member.next;

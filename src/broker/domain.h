@@ -51,8 +51,11 @@ class Domain {
   bool IsMember(std::uint16_t member) const { return member < members_.size() && members_[member].state == Member::kHere; }
   // Its connection has ended: it gets nothing any more, and keeps what it holds until Gone.
   void Leave(std::uint16_t member);
-  // Nobody can map any more what it held.
-  void Gone(std::uint16_t member);
+  // Nobody can map any more what it held: it is given up, `most` blocks of frames in a call, since a large member's frames take
+  // longer than others are to wait. True: that was all, and its number is free.
+  bool Gone(std::uint16_t member, std::size_t most = ~std::size_t{0});
+  // No more live frames than that: what would be one more is refused.
+  void LimitTo(std::size_t frames) { most_frames_ = frames; }
 
   // Answers each entry with a frame that the member holds from now on, or kNoFrame. `copy(cookie, place, page)` brings the page
   // out of the member's ring. Not nullptr: the member has broken the protocol, and why.
@@ -90,8 +93,9 @@ class Domain {
     bool Has(Frame frame) const;
     void Add(Frame frame);
     void Remove(Frame frame);
+    // Takes the last block out, and calls visit(frame) for what was in it. False: it was empty.
     template <typename F>
-    void ForEach(F&& visit) const;
+    bool TakeBlock(F&& visit);
     std::size_t bytes() const;
 
    private:
@@ -129,6 +133,7 @@ class Domain {
   std::vector<Member> members_;
   std::size_t chunks_used_ = 0;  // chunks below have been given out before
   std::size_t cursor_ = 0;
+  std::size_t most_frames_ = wire::kFrameLimit;
   std::size_t live_ = 0, given_out_ = 0, recycled_ = 0;
   std::vector<std::byte> page_;  // the broker's own copy of what is being published
   std::vector<Frame> touched_;  // frames that lost a holder or a cover just now

@@ -13,6 +13,7 @@ using wire::Refusal;
 namespace {
 // Of what has left: asked again after this, then after twice that, up to a second.
 constexpr std::uint64_t kFirstDelay = 4'000'000;
+constexpr std::size_t kBlocksAtOnce = 2;  // of what a member held that has gone: some milliseconds
 
 std::uint32_t HashOf(const std::byte* page, std::size_t bytes, std::uint64_t seed) {
   return static_cast<std::uint32_t>(content::Hash(page, bytes, seed) >> 32);
@@ -79,12 +80,13 @@ void Server::Forget(Connection& conn) {
 }
 
 bool Server::IsGone(Home& home, Left& left) {
-  if (left.canary.InUse()) {
+  if (!left.going && left.canary.InUse()) {
     left.ask_at = now_ + left.delay;
     left.delay = std::min(left.delay * 2, kSecond);
     return false;
   }
-  home.domain->Gone(left.member);
+  left.going = true;
+  if (!home.domain->Gone(left.member, kBlocksAtOnce)) return false;  // the next Tick goes on
   LogMember(Level::kDebug, home.name, left.who, "gone, with all its children");
   return true;
 }
@@ -270,7 +272,11 @@ const char* Server::Settle(Connection& conn) {
   }
   out_.header = {0, Kind::kSettled, in_.header.count, in_.header.number, 0};
   const auto copy = [](void* ring, std::uint32_t place, std::byte* page) { static_cast<const Ring*>(ring)->Copy(place, page); };
-  if (const char* wrong = conn.home->domain->Settle(conn.member, in_.settle.data(), count, copy, &conn.ring, out_.words.data())) return wrong;
+  std::size_t frames = 0;
+  for (const auto& [key, home] : homes_) frames += home->domain->frames_live();
+  conn.home->domain->LimitTo(conn.home->domain->frames_live() + (config_.most_frames - std::min(frames, config_.most_frames)));
+  const char* const wrong = conn.home->domain->Settle(conn.member, in_.settle.data(), count, copy, &conn.ring, out_.words.data());
+  if (wrong) return wrong;
   Answer(conn, nullptr, 0);
   return nullptr;
 }

@@ -45,7 +45,7 @@ enum class Level { kWarning = 1, kInfo, kDebug };
 
 class Server {
  public:
-  static constexpr std::size_t kMaxWanted = 64 * 1024;  // hashes that wait for a member
+  static constexpr std::size_t kMaxWanted = 1024 * 1024;  // hashes that wait for a member
   static constexpr std::uint64_t kSecond = 1'000'000'000;
   static constexpr std::uint64_t kJoinWithin = 10 * kSecond;
   static constexpr int kMaxStrangers = 128;  // of one user: connections that have not joined
@@ -57,6 +57,7 @@ class Server {
     // Closes what a member has sent and nobody wants. To close a file of a stranger's can take as long as the stranger
     // likes (FUSE, a socket that lingers). None: it is closed at once.
     std::function<void(std::vector<Fd>)> dispose;
+    std::size_t most_frames = wire::kFrameLimit;  // of all domains together
   };
   Server(Config config, Outbox& outbox);
   ~Server();
@@ -114,6 +115,7 @@ class Server {
     Credentials who;
     Canary canary;
     std::uint64_t ask_at = 0, delay = 0;
+    bool going = false;  // nobody has its canary any more
   };
   // A domain, with all that belongs to it.
   struct Home {

@@ -94,7 +94,8 @@ int Storage::Add() {
 int Storage::Write(Frame frame, const std::byte* page) {
   std::size_t done = 0;
   while (done < page_bytes_) {
-    const ssize_t n = Repeat([&] { return pwrite(OwnFile(frame), page + done, page_bytes_ - done, OffsetOf(frame) + static_cast<long>(done)); });
+    const off_t at = OffsetOf(frame) + static_cast<long>(done);
+    const ssize_t n = Repeat([&] { return pwrite(OwnFile(frame), page + done, page_bytes_ - done, at); });
     if (n < 0) return -errno;
     if (n == 0) return -EIO;
     done += static_cast<std::size_t>(n);
@@ -136,7 +137,8 @@ const char* Ring::Take(int fd, std::size_t pages, std::size_t page_bytes) {
 
 void Ring::Copy(std::size_t place, std::byte* page) const {
   const ssize_t n = Repeat([&] { return pread(fd_.get(), page, page_bytes_, static_cast<off_t>(place * page_bytes_)); });
-  if (n < static_cast<ssize_t>(page_bytes_)) std::memset(page + std::max<ssize_t>(n, 0), 0, page_bytes_ - static_cast<std::size_t>(std::max<ssize_t>(n, 0)));
+  const auto got = static_cast<std::size_t>(std::max<ssize_t>(n, 0));
+  if (got < page_bytes_) std::memset(page + got, 0, page_bytes_ - got);
 }
 
 // --- canary ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@
 
 namespace ksmu::engine {
 
-// Written by the scanner, before the caller of an advice has its answer; read by any thread, without a lock. Forked
+// Written by the scanner, before the caller of an advice has its answer, and by who moves what lies in frames; read by any thread,
+// without a lock. Forked
 // children have it too: their inherited regions are in it.
 class Presence {
  public:

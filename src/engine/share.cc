@@ -7,8 +7,8 @@
 //
 // Contents that are to be published are put into the ring as they are met, and count as frames for the rest of the portion in
 // hand: provisions. Asked for is once a portion, before anything of it is merged, with no gate shut; each provision is then
-// replaced by the frame that it has become: a new one, another one that was there already, or, where nothing is granted, one
-// of our own.
+// replaced by the frame that it has become: a new one, another one that was there already, or, where the source has gone
+// meanwhile, one of our own.
 
 #include <algorithm>
 #include <cerrno>
@@ -154,7 +154,8 @@ void Engine::SettleProvisions() {
   for (std::size_t i = 0; i < count; ++i) {
     const std::byte* const bytes = pool_.Bytes(Pool::ProvisionAt(i));
     Frame frame = there && wants_[i].theirs != kNoFrame ? TakeGranted(wants_[i].hash, wants_[i].theirs) : kNoFrame;
-    if (frame == kNoFrame) {
+    // What a broker refuses is left alone for a while (Reason::kPool): a frame of our own would have to go back again.
+    if (frame == kNoFrame && source_gone_) {
       frame = WriteFrame(bytes);
       if (frame != kNoFrame) Enter(frame, wants_[i].hash, HeadOf(wants_[i].hash, frame));
     }

@@ -141,6 +141,8 @@ long DoMremap(void* from, size_t bytes, size_t new_bytes, int flags, void* to) {
   errno = before;
   follow(result);
   const auto start = static_cast<Address>(result);
+  // It is several mappings still, and the next call on it is to know: where no engine runs, nobody else takes note of it.
+  if (several) ksmushim_note(reinterpret_cast<void*>(start), rounded);
   moved.PutBack(start - old.start, start + rounded);
   if (flags & MREMAP_DONTUNMAP) moved.PutBack();
   return result;

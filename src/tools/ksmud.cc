@@ -47,6 +47,7 @@ constexpr const char* kUsage =
     "                   /run/ksmu/default.sock for root without such a directory\n"
     "  --domain NAME    one more domain, shared by all who may connect to NAME.sock beside that; can be repeated\n"
     "  --mode OCTAL     who may connect to those: 660 by default if it runs as root, else 600\n"
+    "  --max-frames N   no more shared pages than that, in all domains together: half of the memory by default\n"
     "  --no-io-uring    wait by poll(2)\n"
     "  --log LEVEL      quiet, warning, info or debug; warning by default, to stderr\n"
     "  --help, --version\n"
@@ -186,7 +187,8 @@ class Lock {
       }
       // Removed by the one before us, after we had opened it: another one may hold another file of that name.
       struct stat ours {}, there {};
-      if (fstat(fd_.get(), &ours) == 0 && stat(path_.c_str(), &there) == 0 && ours.st_dev == there.st_dev && ours.st_ino == there.st_ino) return;
+      if (fstat(fd_.get(), &ours) != 0 || stat(path_.c_str(), &there) != 0) continue;
+      if (ours.st_dev == there.st_dev && ours.st_ino == there.st_ino) return;
     }
   }
   Lock(const Lock&) = delete;
@@ -208,7 +210,8 @@ class BoundSocket {
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
     if (path.size() >= sizeof address.sun_path) {
-      Fail("the path of the socket is longer than " + std::to_string(sizeof address.sun_path - 1) + " bytes, which is the most that a socket's can be: " + path);
+      Fail("the path of the socket is longer than " + std::to_string(sizeof address.sun_path - 1) +
+           " bytes, which is the most that a socket's can be: " + path);
     }
     std::memcpy(address.sun_path, path.data(), path.size());
     const auto* const name = reinterpret_cast<const sockaddr*>(&address);
@@ -227,7 +230,8 @@ class BoundSocket {
   BoundSocket(const BoundSocket&) = delete;
   ~BoundSocket() {
     struct stat there {};
-    if (about_.st_ino && lstat(path_.c_str(), &there) == 0 && there.st_dev == about_.st_dev && there.st_ino == about_.st_ino) unlink(path_.c_str());
+    if (!about_.st_ino || lstat(path_.c_str(), &there) != 0) return;
+    if (there.st_dev == about_.st_dev && there.st_ino == about_.st_ino) unlink(path_.c_str());
   }
   Fd Take() { return std::move(fd_); }
 
@@ -314,13 +318,16 @@ std::uint64_t KeptSeed(const std::string& directory) {
   const int error = errno;
   if (fd) unlink(fresh.c_str());
   if (!kept && error == EEXIST) kept = ReadSeed(path, &seed);
-  if (!kept) Log(Level::kWarning, path + " cannot be written, or is no seed: after a restart another one is used (" + std::strerror(error) + ")");
+  if (!kept) {
+    Log(Level::kWarning, path + " cannot be written, or is no seed: after a restart another one is used (" + std::strerror(error) + ")");
+  }
   return seed;
 }
 
 // --- options ---------------------------------------------------------------------------------------------------------
 
 struct Options {
+  std::size_t most_frames = 0;  // 0: the default
   std::string socket;
   std::vector<std::string> domains;
   int mode = -1;
@@ -352,7 +359,9 @@ Options Parse(int argc, char** argv) {
       if (options.socket.empty()) Usage("--socket wants a path");
     } else if (option == "--domain") {
       const std::string name = value();
-      if (!IsDomainName(name)) Usage("a domain's name consists of letters, digits, '-', '_' and '.', 64 at the most, and does not begin with '.': " + name);
+      if (!IsDomainName(name)) {
+        Usage("a domain's name consists of letters, digits, '-', '_' and '.', 64 at the most, and does not begin with '.': " + name);
+      }
       if (name == "default") Usage("the domain 'default' is each user's own: it is there without --domain");
       options.domains.push_back(name);
     } else if (option == "--mode") {
@@ -361,6 +370,12 @@ Options Parse(int argc, char** argv) {
       const long mode = std::strtol(text.c_str(), &end, 8);
       if (text.empty() || *end || mode < 0 || mode > 0777) Usage("--mode wants an octal number up to 777, not " + text);
       options.mode = static_cast<int>(mode);
+    } else if (option == "--max-frames") {
+      const std::string text = value();
+      char* end = nullptr;
+      const long long frames = std::strtoll(text.c_str(), &end, 10);
+      if (text.empty() || *end || frames < 1) Usage("--max-frames wants a number of pages, not " + text);
+      options.most_frames = static_cast<std::size_t>(frames);
     } else if (option == "--no-io-uring") {
       options.io_uring = false;
     } else if (option == "--log") {
@@ -443,11 +458,13 @@ int Run(const Options& options) {
   if (directory.empty()) {
     sockaddr_un address{};
     socklen_t size = sizeof address;
-    if (getsockname(passed[0].fd.get(), reinterpret_cast<sockaddr*>(&address), &size) == 0 && address.sun_path[0] == '/') directory = DirectoryOf(address.sun_path);
+    const bool known = getsockname(passed[0].fd.get(), reinterpret_cast<sockaddr*>(&address), &size) == 0;
+    if (known && address.sun_path[0] == '/') directory = DirectoryOf(address.sun_path);
   }
 
   Server::Config config;
   config.page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  config.most_frames = options.most_frames ? options.most_frames : static_cast<std::size_t>(std::max(sysconf(_SC_PHYS_PAGES) / 2, 1l));
   config.seed = directory.empty() ? RandomSeed() : KeptSeed(directory);
   config.log = Log;
   Loop loop(std::move(config), options.io_uring);
@@ -460,7 +477,9 @@ int Run(const Options& options) {
     named.emplace_back(name, loop.server().AddListener(name));
     return named.back().second;
   };
-  for (std::size_t i = 0; i < sockets.size(); ++i) loop.Listen(sockets[i]->Take(), i < defaults ? everyone : listener_of(options.domains[i - defaults]));
+  for (std::size_t i = 0; i < sockets.size(); ++i) {
+    loop.Listen(sockets[i]->Take(), i < defaults ? everyone : listener_of(options.domains[i - defaults]));
+  }
   for (Passed& one : passed) {
     const bool is_default = one.name.empty() || one.name == "default" || one.name == "unknown" || one.name.ends_with(".socket");
     if (!is_default && !IsDomainName(one.name)) Fail("the name of a descriptor of LISTEN_FDS is no domain's: " + one.name);
