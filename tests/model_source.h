@@ -39,6 +39,7 @@ class ModelSource final : public frames::Source, private broker::Domain::Files {
   void Release(frames::Frame theirs) override { releases_.push_back(theirs); }
   void Lookup(std::uint32_t hash, bool (*visit)(void* cookie, frames::Frame theirs), void* cookie) const override;
   bool Serve(const News& news) override;
+  bool Pending() const override { return !drops_.empty() || !releases_.empty() || !offers_.empty(); }
 
  private:
   static constexpr std::size_t kRing = 8;  // it fills up

@@ -263,6 +263,13 @@ void Domain::Offer(std::uint16_t member, const std::uint32_t* hashes, std::size_
                    void (*wanted)(void* cookie, std::uint16_t member, std::uint32_t hash), void* cookie) {
   const Owner owner{member, members_[member].generation};
   for (std::size_t i = 0; i < count; ++i) {
+    // It is there already: its look-up missed it, or was too early. Who publishes what is there is given the frame.
+    bool there = false;
+    reader_.Lookup(hashes[i], [&](Frame) { return !(there = true); });
+    if (there) {
+      wanted(cookie, member, hashes[i]);
+      continue;
+    }
     Owner before;
     if (candidates_.Offer(hashes[i], owner, &before)) wanted(cookie, before.member, hashes[i]);
   }

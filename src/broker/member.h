@@ -43,6 +43,7 @@ class Member final : public frames::Source {
   void Release(frames::Frame theirs) override { Keep(&releases_, theirs); }
   void Lookup(std::uint32_t hash, bool (*visit)(void* cookie, frames::Frame theirs), void* cookie) const override;
   bool Serve(const News& news) override;
+  bool Pending() const override { return !drops_.empty() || !releases_.empty() || !offers_.empty(); }
 
  private:
   using Words = base::OwnVector<std::uint32_t>;

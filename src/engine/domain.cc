@@ -9,12 +9,17 @@
 
 namespace ksmu::engine {
 namespace {
+constexpr std::uint64_t kFormersNs = 1'000'000'000;
 constexpr std::int64_t kFirstWait = 1'000'000'000, kLongestWait = 16'000'000'000;
 }  // namespace
 
 void Runtime::TendDomain() {
   if (!options_.door) return;
   const std::uint64_t now = system_->NowNanoseconds();
+  if (formers_[0].source && now >= formers_at_) {
+    formers_at_ = now + kFormersNs;
+    ForgetFormers();
+  }
   if (source_ && !engine_->SourceIsThere()) {
     LeaveDomain();
     join_wait_ns_ = 0;
@@ -26,7 +31,6 @@ void Runtime::TendDomain() {
   } else if (source_ || now < join_at_) {
     return;
   }
-  ForgetFormers();
   join_wait_ns_ = join_wait_ns_ ? std::min(join_wait_ns_ * 2, kLongestWait) : kFirstWait;
   join_at_ = now + static_cast<std::uint64_t>(join_wait_ns_);
   // No place to remember it by, or a filter of system calls since the start, to which connecting might be news.

@@ -556,7 +556,7 @@ void Runtime::ScannerLoop() {
       continue;
     }
     const bool again = engine_->Housekeeping();
-    Sleep(again ? kMillisecond : engine_->HasRegions() || engine_->HasForeign() || engine_->ReclaimDue() ? kLongestPassSleep : -1);
+    Sleep(again ? kMillisecond : engine_->HasNewsToTell() ? kNewsSleep : engine_->HasRegions() || engine_->HasForeign() || engine_->ReclaimDue() || formers_[0].source ? kLongestPassSleep : -1);
   }
 }
 

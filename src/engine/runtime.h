@@ -188,7 +188,7 @@ class Runtime {
   };
   frames::Source* source_ = nullptr;
   std::array<Former, 8> formers_{};
-  std::uint64_t join_at_ = 0;
+  std::uint64_t join_at_ = 0, formers_at_ = 0;
   std::int64_t join_wait_ns_ = 0;
   int filters_at_start_ = 0;
 

@@ -145,7 +145,9 @@ void Engine::SettleProvisions() {
   if (count == 0) return;
   for (std::size_t i = 0; i < count; ++i) {
     const Frame provision = Pool::ProvisionAt(i);
-    const auto kind = pool_.next(provision) == kNoFrame ? Source::Want::kPublish : Source::Want::kReplica;
+    Frame beside = pool_.next(provision);
+    while (beside != kNoFrame && IsLeftAlone(beside)) beside = pool_.next(beside);
+    const auto kind = beside == kNoFrame ? Source::Want::kPublish : Source::Want::kReplica;
     wants_[i] = {kind, pool_.hash(provision), static_cast<std::uint32_t>(i), kNoFrame};
   }
   // The chains as they were without them.

@@ -113,6 +113,10 @@ void Engine::ReclaimFrames(bool at_once) {
   const std::uint64_t now = system_.NowNanoseconds();
   if (!at_once && now < reclaim_at_) return;
   pool_.Reclaim(&Engine::ForgetFrame, this);
+  {
+    std::lock_guard lock(events_mutex_);  // the event thread pins before it knows that the page is still there
+    pool_.CloseOrphans();
+  }
   if (pool_.ReclaimDue()) reclaim_at_ = now + kReclaimRetryNs;
 }
 

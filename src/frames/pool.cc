@@ -262,7 +262,6 @@ std::size_t Pool::Reclaim(void (*forget)(void*, Frame), void* cookie) {
       }
       ++i;
     }
-    if (file.owner && file.owner != owner_ && file.used == 0) Close(n);
   }
   if (waiting) idle_.fetch_add(1, std::memory_order_relaxed);
   if (waiting_for_newest) forks_.Begin();
@@ -346,6 +345,12 @@ Frame Pool::Provision() {
   const Frame f = ProvisionAt(ring_->bump++);
   Begin(Meta(f));
   return f;
+}
+
+void Pool::CloseOrphans() {
+  for (std::size_t i = 0; i < file_count_; ++i) {
+    if (files_[i] && files_[i]->owner && files_[i]->owner != owner_ && files_[i]->used == 0) Close(i);
+  }
 }
 
 void Pool::ForEachLive(void (*visit)(void*, Frame), void* cookie) const {

@@ -64,6 +64,8 @@ class Pool {
   bool IsStray(Frame f) const { return File(f).owner != owner_; }
   bool IsForeign(Frame f) const { return File(f).owner != 0; }  // a source's, whether it is there or not
   std::size_t strays() const;
+  // Closes files of sources that have gone and of which nothing is in use. Nobody may be looking at a page's frame meanwhile.
+  void CloseOrphans();
   std::uint32_t owner() const { return owner_; }
   // Places that are not free in the files of that source.
   std::size_t UsedOf(std::uint32_t owner) const;

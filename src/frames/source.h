@@ -63,6 +63,8 @@ class Source {
     void (*missed)(void* cookie) = nullptr;  // more was published than is known: look everything up
   };
   virtual bool Serve(const News& news) = 0;
+  // Something that was kept has not been sent yet.
+  virtual bool Pending() const = 0;
 };
 
 // Where a source is to be had. On the scanner.

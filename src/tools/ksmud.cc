@@ -421,7 +421,8 @@ Fd BlockSignals() {
   // What is inherited as blocked, or as ignored, is no wish of anybody's.
   for (const int number : {SIGTERM, SIGINT, SIGUSR1}) std::signal(number, SIG_DFL);
   // A member that has gone, a terminal that has gone, a limit to a file's size: seen by the calls' errors.
-  for (const int number : {SIGPIPE, SIGHUP, SIGXFSZ}) std::signal(number, SIG_IGN);
+  // SIGIO: somebody opens a canary for writing, of which we have just asked whether it is in use (storage.cc).
+  for (const int number : {SIGPIPE, SIGHUP, SIGXFSZ, SIGIO}) std::signal(number, SIG_IGN);
   Fd fd(signalfd(-1, &wanted, SFD_CLOEXEC | SFD_NONBLOCK));
   if (!fd) FailWithErrno("signalfd");
   return fd;
