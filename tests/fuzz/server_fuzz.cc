@@ -1,0 +1,712 @@
+// The broker's server, with the kernel's files under it and everything else pretended: peers that send what they like, sockets that
+// take nothing for a while, children that go on mapping what a member had, descriptors that run out, and time.
+//
+// Beside it a model of each peer. The properties: what is sent is a packet that a broker may send, the answer to the question
+// that was asked, and never to a connection that has ended; a connection is ended for what its peer did, always for what is
+// wrong and never for what is right; a frame that was granted has the bytes that were asked for, and keeps them until nobody who
+// was ever given it can have it mapped; what is wanted of a member it has offered; nothing is open or kept when all have gone.
+//
+// An input is a byte of settings, then (peer, operation) pairs: three bits and five of a byte, then what the operation needs.
+
+#include "broker/server.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <bitset>
+#include <cstring>
+#include <list>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "content/content.h"
+
+namespace ksmu::broker {
+namespace {
+
+using fuzz::Input;
+using wire::Kind;
+using wire::Message;
+using wire::SettleEntry;
+
+constexpr std::size_t kPage = 4096;
+constexpr std::uint64_t kSeed = 7;
+constexpr std::size_t kPeers = 8;
+constexpr std::size_t kSmallRing = 8;
+constexpr std::size_t kFewFrames = 150;  // of all domains, where that is limited
+
+// --- what peers have to send ---------------------------------------------------------------------------------------
+
+using PageBytes = std::array<std::byte, kPage>;
+
+// Of a place in the ring, which every peer fills alike, each content twice.
+std::uint32_t ContentOf(std::uint32_t place) { return place / 2; }
+PageBytes PageOf(std::uint32_t content) {
+  PageBytes page{};
+  std::memcpy(page.data(), &content, sizeof content);
+  std::memcpy(page.data() + kPage - sizeof content, &content, sizeof content);
+  return page;
+}
+std::uint32_t HashOfContent(std::uint32_t content) {
+  static const auto hashes = [] {
+    std::array<std::uint32_t, wire::kRingPages> all;
+    for (std::uint32_t c = 0; c < all.size(); ++c) {
+      const PageBytes page = PageOf(c);
+      all[c] = static_cast<std::uint32_t>(content::Hash(page.data(), kPage, kSeed) >> 32);
+    }
+    return all;
+  }();
+  return hashes.at(content);
+}
+
+// Descriptors that come with a join. Made once: the same description is sent by all.
+enum RingKind : std::uint8_t { kRing, kRingOfFew, kUnsealed, kPipe, kNull, kRingKinds };
+int RingOf(unsigned kind) {
+  static const auto all = [] {
+    std::array<int, kRingKinds> fds{};
+    for (unsigned k : {kRing, kRingOfFew, kUnsealed}) {
+      const std::uint32_t pages = k == kRingOfFew ? kSmallRing : wire::kRingPages;
+      fds[k] = memfd_create("fuzz-ring", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+      FUZZ_CHECK(fds[k] >= 0 && ftruncate(fds[k], static_cast<off_t>(pages * kPage)) == 0, "a ring");
+      for (std::uint32_t place = 0; place < pages; ++place) {
+        const PageBytes page = PageOf(ContentOf(place));
+        FUZZ_CHECK(pwrite(fds[k], page.data(), kPage, static_cast<off_t>(place * kPage)) == static_cast<ssize_t>(kPage), "a ring's page");
+      }
+      if (k != kUnsealed) FUZZ_CHECK(fcntl(fds[k], F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) == 0, "a ring's seals");
+    }
+    int ends[2];
+    FUZZ_CHECK(pipe2(ends, O_CLOEXEC) == 0, "a pipe");
+    fds[kPipe] = ends[0];
+    fds[kNull] = open("/dev/null", O_RDWR | O_CLOEXEC);
+    return fds;
+  }();
+  return all[kind];
+}
+std::uint32_t PagesOf(unsigned kind) {
+  return kind == kRing ? wire::kRingPages : kind == kRingOfFew ? static_cast<std::uint32_t>(kSmallRing) : 0;
+}
+
+int Dup(int fd) {
+  const int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+  FUZZ_CHECK(copy >= 0, "a descriptor that was sent is open");
+  return copy;
+}
+
+// --- the model -----------------------------------------------------------------------------------------------------
+
+using Key = std::pair<std::uint32_t, std::uint32_t>;  // listener, user (of a listener with a name: 0)
+
+// What a process has got of its domain, and keeps when its connection ends.
+struct Belongings {
+  Key key;
+  Fd canary;
+  std::map<std::uint32_t, Fd> files;
+  std::map<Frame, std::uint32_t> held;  // and what is in them
+  std::set<Frame> covered;              // dropped, and mapped still
+};
+struct Question {
+  Kind kind;
+  std::uint32_t number;
+  std::uint32_t file = 0;
+  std::vector<SettleEntry> entries;
+  std::vector<bool> may_be_refused;  // each of them
+};
+struct Peer {
+  enum State { kNone, kStranger, kMember } state = kNone;
+  ConnId id = 0;
+  std::uint32_t listener = 0, uid = 0;
+  std::uint64_t since = 0;
+  std::uint32_t ring_pages = 0;
+  bool takes = true;    // the socket has room
+  bool refused = false;  // told so
+  std::optional<Question> question;
+  Belongings has;
+  std::map<std::uint32_t, std::size_t> may_want;  // hashes offered by it, and how often others have offered them since
+};
+// What a call may do to the peer that it is about.
+enum class Verdict { kStays, kEnds, kEither };
+
+class Run final : public Outbox {
+ public:
+  explicit Run(std::uint8_t settings) : settings_(settings) {
+    RingOf(0), HashOfContent(0);
+    open_before_ = OpenDescriptors();
+    Server::Config config;
+    config.page_bytes = kPage;
+    config.seed = kSeed;
+    config.log = [](Level, const std::string& line) { FUZZ_CHECK(!line.empty(), "a line that is logged says something"); };
+    if (settings & 1) config.dispose = [](std::vector<Fd> fds) { FUZZ_CHECK(!fds.empty(), "something to close"); };
+    if (settings & 4) config.most_frames = kFewFrames;
+    server_ = std::make_unique<Server>(std::move(config), *this);
+    server_->AddListener("");
+    server_->AddListener("a");
+    server_->AddListener("b");
+  }
+
+  void All(Input& input) {
+    for (unsigned step = 1; !input.Done() && step < 400; ++step) {
+      Step(input);
+      CheckStatus();
+      if (step % 16 == 0) CheckFrames();
+    }
+    CheckFrames();
+    for (Peer& peer : peers_) {
+      if (peer.state == Peer::kNone) continue;
+      server_->Disconnected(peer.id);
+      End(peer);
+    }
+    // Longer than any delay: once for those that were seen in use, and none was let go of yet.
+    CheckFrames();
+    ghosts_.clear();
+    Tick(3 * Server::kSecond);
+    FUZZ_CHECK(server_->connections() == 0 && server_->Status().empty(), "when all have gone no domain is left");
+    // Nobody is counted who has gone.
+    if (settings_ & 2) {
+      for (ConnId i = 0; i < Server::kMaxStrangers; ++i) FUZZ_CHECK(server_->Connected(++ids_, 0, {1, 1}), "there is room for strangers");
+      FUZZ_CHECK(!server_->Connected(++ids_, 0, {1, 1}), "and an end to it");
+      FUZZ_CHECK(server_->Connected(++ids_, 0, {2, 1}), "which is one user's own");
+      all_strangers_ = true;
+      Tick(Server::kJoinWithin);
+      FUZZ_CHECK(server_->connections() == 0, "strangers do not stay");
+    }
+    server_.reset();
+    FUZZ_CHECK(OpenDescriptors() == open_before_, "nothing is left open");
+  }
+
+ private:
+  // --- what the server does ---
+  bool Send(ConnId id, const std::byte* packet, std::size_t bytes, const int* descriptors, std::size_t count) override {
+    Plenty plenty;
+    Peer* const peer = Find(id);
+    FUZZ_CHECK(peer, "nothing is sent to a connection that has ended");
+    FUZZ_CHECK(!peer->refused, "nothing is said after a refusal");
+    FUZZ_CHECK(wire::Decode(packet, bytes, wire::Sender::kBroker, &in_) == nullptr, "what is sent is what a broker may send");
+    if (!peer->takes) {
+      sent_in_vain_ = id;
+      return false;
+    }
+    if (in_.header.kind == Kind::kWanted) {
+      FUZZ_CHECK(count == 0, "no descriptors with what is wanted");
+      for (std::size_t i = 0; i < in_.header.count; ++i) {
+        const auto offered = peer->may_want.find(in_.words[i]);
+        FUZZ_CHECK(offered != peer->may_want.end() && offered->second > 0, "what is wanted it has offered, and it is there, or somebody else has offered it since");
+        --offered->second;
+      }
+      return true;
+    }
+    FUZZ_CHECK(peer->question && peer->question->number == in_.header.number, "an answer is to the question that was asked");
+    const Question question = std::move(*peer->question);
+    peer->question.reset();
+    switch (in_.header.kind) {
+      case Kind::kRefused:
+        FUZZ_CHECK(question.kind == Kind::kJoin && count == 0, "who asks to join is refused");
+        peer->refused = true;
+        break;
+      case Kind::kJoined: Joined(*peer, question, descriptors, count); break;
+      case Kind::kFileIs:
+        FUZZ_CHECK(question.kind == Kind::kFile && question.file == in_.words[0] && count == 1, "the file that was asked for");
+        FUZZ_CHECK((fcntl(descriptors[0], F_GETFL) & O_ACCMODE) == O_RDONLY, "frames are not a member's to write");
+        peer->has.files[question.file] = Fd(Dup(descriptors[0]));
+        break;
+      default:
+        FUZZ_CHECK(in_.header.kind == Kind::kSettled && question.kind == Kind::kSettle && count == 0, "an answer to a settle");
+        FUZZ_CHECK(in_.header.count == question.entries.size(), "an answer for each");
+        for (std::size_t i = 0; i < in_.header.count; ++i) {
+          FUZZ_CHECK(in_.words[i] != wire::kNoFrame || question.may_be_refused[i], "nothing is refused without a reason");
+          Granted(*peer, question.entries[i], in_.words[i]);
+        }
+        break;
+    }
+    return true;
+  }
+  void Drop(ConnId id, const char* reason) override {
+    Plenty plenty;
+    Peer* const peer = Find(id);
+    FUZZ_CHECK(peer && reason && reason[0], "a connection ends once, for a reason");
+    if (all_strangers_) return;
+    FUZZ_CHECK(peer == about_ ? verdict_ != Verdict::kStays : ticking_ && IsLate(*peer), "nobody is dropped who did nothing wrong");
+    End(*peer);
+  }
+
+  void Joined(Peer& peer, const Question& question, const int* descriptors, std::size_t count) {
+    FUZZ_CHECK(question.kind == Kind::kJoin && count == 2, "the index and the canary for who joins");
+    FUZZ_CHECK((fcntl(descriptors[0], F_GETFL) & O_ACCMODE) == O_RDONLY, "the index is not a member's to write");
+    FUZZ_CHECK((fcntl(descriptors[1], F_GETFL) & O_ACCMODE) == O_RDWR, "a canary is mapped shared");
+    FUZZ_CHECK(in_.joined.seed == kSeed && in_.joined.index_bytes == kIndexFileBytes && in_.joined.log_entries == kLogEntries,
+               "what a member has to know");
+    peer.has.canary.Reset(Dup(descriptors[1]));
+  }
+  void Granted(Peer& peer, const SettleEntry& entry, Frame frame) {
+    if (frame == wire::kNoFrame) return;
+    if (entry.what == SettleEntry::kAcquire) {
+      FUZZ_CHECK(frame == entry.place, "the frame that was asked for, or none");
+      std::uint32_t content = 0;
+      while (content < wire::kRingPages && HashOfContent(content) != entry.hash) ++content;
+      FUZZ_CHECK(content < wire::kRingPages, "nothing has a hash that no page has");
+      peer.has.held[frame] = content;
+    } else {
+      peer.has.held[frame] = ContentOf(entry.place);
+    }
+    peer.has.covered.erase(frame);
+  }
+  // By somebody of whom that is sure.
+  bool IsHeld(const Key& key, const SettleEntry& entry) const {
+    const auto has = [&](const Belongings& b) {
+      const auto at = b.key == key ? b.held.find(entry.place) : b.held.end();
+      return at != b.held.end() && HashOfContent(at->second) == entry.hash;
+    };
+    return std::any_of(peers_.begin(), peers_.end(), [&](const Peer& p) { return p.state == Peer::kMember && has(p.has); }) ||
+           std::any_of(ghosts_.begin(), ghosts_.end(), has);
+  }
+
+  // --- what peers do ---
+  void Step(Input& input) {
+    const std::uint8_t byte = input.Byte();
+    Peer& peer = peers_[byte >> 5];
+    const unsigned what = byte & 31;
+    if (what == 31) return Time(input);
+    if (what == 30) return LetGoOfGhost(input);
+    if (what == 29) {
+      // Descriptors run out so many further on, or not any more.
+      const std::uint8_t room = input.Byte();
+      starving_ = room & 1;
+      room_ = room >> 1 & 7;
+      return;
+    }
+    if (peer.state == Peer::kNone) {
+      Connect(peer, input);
+      // Most join at once.
+      if (what >= 2) AskToJoin(peer, kRing, wire::kRingPages);
+      return;
+    }
+    Act(peer, what, input);
+    // As members do; to look into frames they need it.
+    for (const auto& [frame, content] : peer.has.held) {
+      const std::uint32_t file = frame / wire::kFramesPerFile;
+      if (peer.has.files.contains(file) || peer.question || !peer.takes) continue;
+      AskForFile(peer, file);
+      break;
+    }
+  }
+  void Act(Peer& peer, unsigned what, Input& input) {
+    switch (what) {
+      case 0: return SendRaw(peer, input);
+      case 1: return SendMutated(peer, input);
+      case 2: {
+        const unsigned kind = input.Byte() % kRingKinds;
+        const std::uint16_t odd = input.Half();
+        return AskToJoin(peer, kind, odd & 1 ? odd : PagesOf(kind), odd);
+      }
+      case 3: return AskForFile(peer, input.Byte() % 3);
+      case 4: case 5: case 6: case 7: return SettleSome(peer, input);
+      case 8: case 9: return SettleRun(peer, input);
+      case 10: case 11: case 12: return LetGo(peer, input, Kind::kDrop);
+      case 13: case 14: case 15: return LetGo(peer, input, Kind::kRelease);
+      case 16: case 17: case 18: return Offer(peer, input);
+      case 19: return Post(peer, Blank(Kind::kReport, 1, 0), {});
+      case 20:
+        Call(peer, Verdict::kStays, [&] { server_->Disconnected(peer.id); });
+        return End(peer);
+      case 21: return Call(peer, Verdict::kEnds, [&] { server_->Reject(peer.id, "rejected", Descriptors(input.Byte())); });
+      case 22: peer.takes = false; return;
+      case 23: case 24: return MakeWritable(peer);
+      case 25: return Ghostly(peer, input);
+      default: return Call(peer, Verdict::kStays, [&] { server_->Flush(); });
+    }
+  }
+
+  void Connect(Peer& peer, Input& input) {
+    const std::uint8_t how = input.Byte();
+    peer = Peer{};
+    peer.id = ++ids_;
+    peer.listener = how % 3;
+    peer.uid = how >> 2 & 3;
+    peer.since = now_;
+    peer.has.key = {peer.listener, peer.listener ? 0 : peer.uid};
+    FUZZ_CHECK(server_->Connected(peer.id, peer.listener, {peer.uid, static_cast<std::int32_t>(peer.id)}), "there is room for strangers");
+    peer.state = Peer::kStranger;
+  }
+  void AskToJoin(Peer& peer, unsigned ring, std::uint32_t pages, std::uint16_t odd = 0) {
+    Message& m = Blank(Kind::kJoin, 1, ++numbers_);
+    m.join = {wire::kVersion + (odd % 32 == 30), static_cast<std::uint32_t>(kPage << (odd % 32 == 28)), pages, 0};
+    std::vector<Fd> fds;
+    if (odd % 32 != 26) fds.emplace_back(Dup(RingOf(ring)));
+    if (odd % 32 == 24) fds.emplace_back(Dup(RingOf(kRing)));
+    joins_with_ = ring;
+    Post(peer, m, std::move(fds));
+  }
+  void AskForFile(Peer& peer, std::uint32_t number) {
+    Message& m = Blank(Kind::kFile, 1, ++numbers_);
+    m.words[0] = number;
+    Post(peer, m, {});
+  }
+  void SettleSome(Peer& peer, Input& input) {
+    Message& m = Blank(Kind::kSettle, 0, ++numbers_);
+    const unsigned count = 1 + input.Byte() % 8;
+    for (; m.header.count < count && (!input.Done() || m.header.count == 0); ++m.header.count) {
+      const std::uint8_t how = input.Byte();
+      const std::uint32_t place = input.Half() % (how & 4 ? wire::kRingPages : 64u);
+      SettleEntry& entry = m.settle[m.header.count];
+      if (how & 1) {
+        entry = Acquired(peer, place, how);
+      } else {
+        entry = {how & 2 ? SettleEntry::kReplica : SettleEntry::kPublish, HashOfContent(ContentOf(place)), place, 0};
+      }
+      if (how >= 0xf8) ++entry.hash;
+    }
+    Post(peer, m, {});
+  }
+  // A frame of somebody's in the same domain, or else one that is unlikely.
+  SettleEntry Acquired(const Peer& peer, std::uint32_t place, std::uint8_t how) {
+    const auto from = [&](const Belongings& b) -> std::optional<SettleEntry> {
+      const auto at = b.key == peer.has.key ? b.held.lower_bound(place) : b.held.end();
+      if (at == b.held.end()) return std::nullopt;
+      return SettleEntry{SettleEntry::kAcquire, HashOfContent(at->second), at->first, 0};
+    };
+    for (std::size_t i = 0; i < kPeers && how & 2; ++i) {
+      const Peer& other = peers_[(i + (how >> 3)) % kPeers];
+      if (other.state != Peer::kMember || &other == &peer) continue;
+      if (const auto entry = from(other.has)) return *entry;
+    }
+    for (const Belongings& ghost : ghosts_) {
+      if (const auto entry = from(ghost)) return *entry;
+    }
+    return {SettleEntry::kAcquire, HashOfContent(how), how & 8 ? wire::kFrameLimit - 1 - place : place, 0};
+  }
+  void SettleRun(Peer& peer, Input& input) {
+    Message& m = Blank(Kind::kSettle, 0, ++numbers_);
+    const std::uint32_t first = input.Byte() % 128;
+    m.header.count = static_cast<std::uint16_t>(1 + input.Byte() % 64);
+    for (std::uint32_t i = 0; i < m.header.count; ++i) {
+      m.settle[i] = {SettleEntry::kPublish, HashOfContent(ContentOf(first + i)), first + i, 0};
+    }
+    Post(peer, m, {});
+  }
+  void LetGo(Peer& peer, Input& input, Kind kind) {
+    Message& m = Blank(kind, 0, 0);
+    const std::uint8_t how = input.Byte();
+    const unsigned stride = 1 + (how & 3), count = 1 + (how >> 2);
+    unsigned seen = 0;
+    for (const auto& [frame, content] : peer.has.held) {
+      if (seen++ % stride == 0 && m.header.count < count) m.words[m.header.count++] = frame;
+    }
+    for (Frame frame : peer.has.covered) {
+      if (kind == Kind::kRelease && seen++ % stride == 0 && m.header.count < count) m.words[m.header.count++] = frame;
+    }
+    // Once more than there is.
+    if (how == 255 || m.header.count == 0) m.words[m.header.count] = m.header.count ? m.words[0] : how, ++m.header.count;
+    Post(peer, m, {});
+  }
+  void Offer(Peer& peer, Input& input) {
+    const std::uint32_t first = input.Byte();
+    const std::uint8_t how = input.Byte();
+    const bool all = how == 255;
+    Message& m = Blank(Kind::kOffer, static_cast<std::uint16_t>(all ? wire::kMaxHashes : 1 + how % 64), 0);
+    // Few that meet, or many; the latter as hashes of nothing.
+    for (std::uint32_t i = 0; i < m.header.count; ++i) m.words[i] = how & 128 ? first * 64 + i : HashOfContent((first + i) % 256);
+    Post(peer, m, {});
+    if (how & 64 && !all) Call(peers_[0], Verdict::kStays, [&] { server_->Flush(); });
+  }
+  void SendRaw(Peer& peer, Input& input) {
+    const std::size_t bytes = input.Byte();
+    const std::uint8_t descriptors = input.Byte();
+    std::vector<std::byte> packet;
+    for (std::size_t i = 0; i < bytes && !input.Done(); ++i) packet.push_back(static_cast<std::byte>(input.Byte()));
+    Deliver(peer, packet, descriptors > 250 ? Descriptors(descriptors) : std::vector<Fd>());
+  }
+  // What was posted last, by whomever, with a byte of it changed, or a part of it, or descriptors beside it.
+  void SendMutated(Peer& peer, Input& input) {
+    std::vector<std::byte> packet = last_;
+    const std::uint16_t where = input.Half();
+    const std::uint8_t how = input.Byte(), descriptors = input.Byte();
+    if (packet.empty()) return;
+    if (how & 1) packet.resize(where % (packet.size() + 2));
+    else packet[where % packet.size()] ^= static_cast<std::byte>(how);
+    Deliver(peer, packet, descriptors > 192 ? Descriptors(descriptors) : std::vector<Fd>());
+  }
+  // Calls about connections that there are not; and descriptors where none belong.
+  void Ghostly(Peer& peer, Input& input) {
+    const std::uint8_t how = input.Byte();
+    const ConnId nobody = ids_ + 1 + how;
+    Call(peer, Verdict::kStays, [&] {
+      server_->Writable(nobody);
+      server_->Disconnected(nobody);
+      server_->Received(nobody, last_.data(), last_.size(), Descriptors(how));
+      server_->Reject(nobody, "nobody", Descriptors(how));
+    });
+    FUZZ_CHECK(!server_->MayRead(nobody) && !server_->WantsToWrite(nobody), "nobody is nobody");
+  }
+  std::vector<Fd> Descriptors(std::uint8_t how) {
+    Plenty plenty;
+    std::vector<Fd> fds;
+    for (unsigned i = 0; i <= how % 3u; ++i) fds.emplace_back(Dup(RingOf((how / 3u + i) % kRingKinds)));
+    joins_with_ = how / 3u % kRingKinds;
+    return fds;
+  }
+
+  // --- a packet, and what has to come of it ---
+  Message& Blank(Kind kind, unsigned count, std::uint32_t number) {
+    out_.header = {0, kind, static_cast<std::uint16_t>(count), number, 0};
+    return out_;
+  }
+  void Post(Peer& peer, const Message& message, std::vector<Fd> fds) {
+    std::vector<std::byte> packet(wire::kMaxPacket);
+    packet.resize(wire::Encode(message, packet.data()));
+    last_ = packet;
+    Deliver(peer, packet, std::move(fds));
+  }
+  void Deliver(Peer& peer, const std::vector<std::byte>& packet, std::vector<Fd> fds) {
+    FUZZ_CHECK(server_->MayRead(peer.id) == !peer.question, "who waits for an answer is not read from, and everybody else is");
+    if (peer.question) return;
+    // Of its very size.
+    const std::unique_ptr<std::byte[]> exact(new std::byte[packet.size()]);
+    std::copy(packet.begin(), packet.end(), exact.get());
+    const Verdict verdict = Foresee(peer, exact.get(), packet.size(), fds.size());
+    Call(peer, verdict, [&] { server_->Received(peer.id, exact.get(), packet.size(), std::move(fds)); });
+    if (peer.state == Peer::kNone || !peer.question) return;
+    FUZZ_CHECK(!peer.takes && sent_in_vain_ == peer.id, "a question is answered at once, where the socket takes the answer");
+    FUZZ_CHECK(!server_->MayRead(peer.id) && server_->WantsToWrite(peer.id), "an answer is kept that the socket does not take");
+  }
+  // What must come of a packet; the peer's side of it is noted.
+  Verdict Foresee(Peer& peer, const std::byte* packet, std::size_t bytes, std::size_t descriptors) {
+    if (wire::Decode(packet, bytes, wire::Sender::kMember, &in_) != nullptr) return Verdict::kEnds;
+    const wire::Header& header = in_.header;
+    if (peer.state == Peer::kStranger) {
+      if (header.kind != Kind::kJoin) return Verdict::kEnds;
+      peer.question = Question{header.kind, header.number, 0, {}, {}};
+      const bool fits = descriptors == 1 && joins_with_ <= kRingOfFew && in_.join.ring_pages == PagesOf(joins_with_);
+      if (in_.join.version != wire::kVersion || in_.join.page_bytes != kPage || !fits) return Verdict::kEnds;
+      peer.ring_pages = in_.join.ring_pages;
+      peer.state = Peer::kMember;
+      return starving_ ? Verdict::kEither : Verdict::kStays;
+    }
+    if (descriptors != 0) return Verdict::kEnds;
+    switch (header.kind) {
+      case Kind::kReport: return Verdict::kStays;
+      case Kind::kFile: {
+        peer.question = Question{header.kind, header.number, in_.words[0], {}, {}};
+        const auto in_file = [&](const auto& frame) { return frame.first / wire::kFramesPerFile == in_.words[0]; };
+        return std::any_of(peer.has.held.begin(), peer.has.held.end(), in_file) ? Verdict::kStays : Verdict::kEither;
+      }
+      case Kind::kSettle: {
+        bool good = true;
+        Question question{header.kind, header.number, 0, {in_.settle.begin(), in_.settle.begin() + header.count}, {}};
+        for (const SettleEntry& e : question.entries) {
+          const bool acquires = e.what == SettleEntry::kAcquire;
+          good &= acquires || (e.place < peer.ring_pages && HashOfContent(ContentOf(e.place)) == e.hash);
+          if (good && !acquires) published_.emplace(peer.has.key, e.hash);
+          question.may_be_refused.push_back(acquires ? !IsHeld(peer.has.key, e) : starving_ || settings_ & 4);
+        }
+        peer.question = std::move(question);
+        return good ? Verdict::kStays : Verdict::kEnds;
+      }
+      case Kind::kOffer:
+        for (std::size_t i = 0; i < header.count; ++i) {
+          // What is there already is wanted of who offers it: it then gets the frame.
+          peer.may_want[in_.words[i]] += published_.contains({peer.has.key, in_.words[i]});
+          for (Peer& other : peers_) {
+            if (&other == &peer || other.state != Peer::kMember || other.has.key != peer.has.key) continue;
+            if (const auto at = other.may_want.find(in_.words[i]); at != other.may_want.end()) ++at->second;
+          }
+        }
+        return Verdict::kStays;
+      case Kind::kDrop:
+      case Kind::kRelease:
+        for (std::size_t i = 0; i < header.count; ++i) {
+          const Frame frame = in_.words[i];
+          const bool held = peer.has.held.erase(frame) != 0;
+          const bool covered = header.kind == Kind::kRelease && !held && peer.has.covered.erase(frame) != 0;
+          if (!held && !covered) return Verdict::kEnds;
+          if (header.kind == Kind::kDrop) peer.has.covered.insert(frame);
+        }
+        return Verdict::kStays;
+      default: return Verdict::kEnds;
+    }
+  }
+
+  // Any call to the server about a peer.
+  template <typename F>
+  void Call(Peer& peer, Verdict verdict, F&& call) {
+    about_ = &peer;
+    verdict_ = verdict;
+    sent_in_vain_ = 0;
+    {
+      const Scarce scarce(starving_, room_);
+      call();
+    }
+    about_ = nullptr;
+    FUZZ_CHECK(verdict != Verdict::kEnds || peer.state == Peer::kNone, "who breaks the protocol is dropped");
+  }
+  void MakeWritable(Peer& peer) {
+    peer.takes = true;
+    Call(peer, Verdict::kStays, [&] { server_->Writable(peer.id); });
+    FUZZ_CHECK(!peer.question && !server_->WantsToWrite(peer.id), "what was kept is sent as soon as it is taken");
+  }
+  // The connection is no more; the process may be, or its children.
+  void End(Peer& peer) {
+    if (peer.has.canary) ghosts_.push_back(std::move(peer.has));
+    peer = Peer{};
+  }
+  void LetGoOfGhost(Input& input) {
+    const std::uint8_t which = input.Byte();
+    if (ghosts_.empty()) return;
+    CheckBytes(*std::next(ghosts_.begin(), which % static_cast<std::ptrdiff_t>(ghosts_.size())));
+    ghosts_.erase(std::next(ghosts_.begin(), which % static_cast<std::ptrdiff_t>(ghosts_.size())));
+    unseen_ = true;
+  }
+  void Time(Input& input) { Tick(std::uint64_t{input.Byte()} * 50'000'000); }
+  void Tick(std::uint64_t by) {
+    now_ += by;
+    ticking_ = true;
+    std::uint64_t next = server_->Tick(now_);
+    // As often as it asks for: what is much is done in parts.
+    for (int parts = 0; next <= now_; ++parts) {
+      FUZZ_CHECK(parts < 64, "there is an end to what is due now");
+      next = server_->Tick(now_);
+    }
+    ticking_ = false;
+    FUZZ_CHECK(next <= now_ + Server::kSecond, "when the next tick is due");
+    for (const Peer& peer : peers_) FUZZ_CHECK(peer.state == Peer::kNone || !IsLate(peer), "strangers do not stay");
+    if (by > 2 * Server::kSecond) unseen_ = false;
+  }
+  bool IsLate(const Peer& peer) const { return peer.state == Peer::kStranger && peer.since + Server::kJoinWithin <= now_; }
+
+  // --- what always holds ---
+  void CheckStatus() {
+    std::map<std::string, std::pair<std::size_t, std::size_t>> expected;  // members, ghosts
+    std::map<std::string, std::set<Frame>> frames;
+    const auto name = [](const Key& key) {
+      return key.first == 0 ? "default/" + std::to_string(key.second) : std::string(key.first == 1 ? "a" : "b");
+    };
+    std::size_t connected = 0;
+    for (const Peer& peer : peers_) {
+      connected += peer.state != Peer::kNone;
+      if (peer.state != Peer::kMember) continue;
+      ++expected[name(peer.has.key)].first;
+      for (const auto& [frame, content] : peer.has.held) frames[name(peer.has.key)].insert(frame);
+    }
+    for (const Belongings& ghost : ghosts_) {
+      ++expected[name(ghost.key)].second;
+      for (const auto& [frame, content] : ghost.held) frames[name(ghost.key)].insert(frame);
+    }
+    FUZZ_CHECK(server_->connections() == connected, "every connection is known");
+    std::size_t all = 0;
+    for (const Server::DomainStatus& status : server_->Status()) {
+      all += status.frames;
+      const auto& [members, ghosts] = expected[status.name];
+      FUZZ_CHECK(status.members == members, "members are counted");
+      FUZZ_CHECK(status.left >= ghosts && (unseen_ || status.left == ghosts), "who has left is waited for, as long as it may map frames");
+      FUZZ_CHECK(status.members + status.left > 0, "no domain without a member");
+      FUZZ_CHECK(status.frames >= frames[status.name].size() && status.places >= status.frames, "what somebody holds is live");
+      expected.erase(status.name);
+    }
+    FUZZ_CHECK(!(settings_ & 4) || all <= kFewFrames, "no more frames than are allowed");
+    for (const auto& [domain, counts] : expected) FUZZ_CHECK(counts == std::make_pair(std::size_t{0}, std::size_t{0}), "a domain of members is there");
+  }
+  void CheckFrames() {
+    for (const Peer& peer : peers_) {
+      if (peer.state == Peer::kMember) CheckBytes(peer.has);
+    }
+    for (const Belongings& ghost : ghosts_) CheckBytes(ghost);
+  }
+  static void CheckBytes(const Belongings& has) {
+    for (const auto& [frame, content] : has.held) {
+      const auto file = has.files.find(frame / wire::kFramesPerFile);
+      if (file == has.files.end()) continue;
+      PageBytes bytes;
+      const auto offset = static_cast<off_t>(frame % wire::kFramesPerFile * kPage);
+      FUZZ_CHECK(pread(file->second.get(), bytes.data(), kPage, offset) == static_cast<ssize_t>(kPage), "a frame can be read");
+      FUZZ_CHECK(bytes == PageOf(content), "a frame has the bytes that were asked for, for as long as it is held");
+    }
+  }
+
+  // By one call for all.
+  static constexpr std::size_t kLooked = 256;
+  static std::bitset<kLooked> OpenDescriptors() {
+    std::array<pollfd, kLooked> fds{};
+    for (std::size_t i = 0; i < kLooked; ++i) fds[i].fd = static_cast<int>(i);
+    poll(fds.data(), kLooked, 0);
+    std::bitset<kLooked> open;
+    for (std::size_t i = 0; i < kLooked; ++i) open[i] = !(fds[i].revents & POLLNVAL);
+    return open;
+  }
+
+  Peer* Find(ConnId id) {
+    static Peer stranger;
+    if (all_strangers_) return &stranger;
+    const auto at = std::find_if(peers_.begin(), peers_.end(), [&](const Peer& p) { return p.state != Peer::kNone && p.id == id; });
+    return at == peers_.end() ? nullptr : &*at;
+  }
+
+  // Descriptors for few more files than are open; and, within, for as many as ever.
+  static void LimitTo(rlim_t descriptors) {
+    rlimit limit;
+    getrlimit(RLIMIT_NOFILE, &limit);
+    limit.rlim_cur = std::min(descriptors, limit.rlim_max);
+    setrlimit(RLIMIT_NOFILE, &limit);
+  }
+  static inline rlim_t plenty_ = 0;
+  static inline rlim_t limit_ = 0;  // 0: none
+  struct Scarce {
+    Scarce(bool on, unsigned room) {
+      if (!on) return;
+      rlimit now;
+      getrlimit(RLIMIT_NOFILE, &now);
+      plenty_ = now.rlim_cur;
+      const int next = Dup(RingOf(0));
+      close(next);
+      limit_ = static_cast<rlim_t>(next) + room;
+      LimitTo(limit_);
+    }
+    ~Scarce() {
+      if (limit_) LimitTo(plenty_);
+      limit_ = 0;
+    }
+  };
+  struct Plenty {
+    Plenty() {
+      if (limit_) LimitTo(plenty_);
+    }
+    ~Plenty() {
+      if (limit_) LimitTo(limit_);
+    }
+  };
+
+  const std::uint8_t settings_;
+  std::bitset<kLooked> open_before_;
+  std::unique_ptr<Server> server_;
+  std::array<Peer, kPeers> peers_;
+  std::list<Belongings> ghosts_;
+  std::set<std::pair<Key, std::uint32_t>> published_;  // ever
+  bool unseen_ = false;  // a ghost has gone, and the server may not have looked yet
+  bool starving_ = false, ticking_ = false, all_strangers_ = false;
+  unsigned room_ = 0, joins_with_ = 0;
+  Peer* about_ = nullptr;
+  Verdict verdict_ = Verdict::kStays;
+  ConnId ids_ = 0, sent_in_vain_ = 0;
+  std::uint32_t numbers_ = 0;
+  std::uint64_t now_ = 0;
+  std::vector<std::byte> last_;
+  Message in_, out_;
+};
+
+}  // namespace
+}  // namespace ksmu::broker
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t bytes) {
+  ksmu::fuzz::Input input(data, bytes);
+  const auto run = std::make_unique<ksmu::broker::Run>(input.Byte());
+  run->All(input);
+  return 0;
+}
