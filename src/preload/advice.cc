@@ -161,6 +161,8 @@ long DoMadvise(void* at, size_t bytes, int advice) {
       // Not for frames' mappings, and not while every page is watched: plain memory meanwhile.
       LeaveFrames(PagesOf(at, bytes), advice == MADV_WIPEONFORK);
       TakenOut regions(PagesOf(at, bytes), true);
+      // What could not be taken just then has its copies in the frames' mapping: once more.
+      if (advice == MADV_WIPEONFORK && ShapeOf(PagesOf(at, bytes)).frames) LeaveFrames(PagesOf(at, bytes), true);
       const long result = Kernel(at, bytes, advice);
       regions.PutBack();
       return result;
