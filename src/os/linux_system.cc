@@ -17,6 +17,7 @@
 #include "os/pool_file.h"
 #include "os/own_place.h"
 #include "os/raw.h"
+#include "os/thread.h"
 #include "os/uapi.h"
 #include "os/uffd.h"
 
@@ -170,6 +171,14 @@ int LinuxSystem::OpenAll(const LinuxOptions& options, ErrorText* error) {
     return bell_fd_;
   }
 
+  if (MoveWatch::IsNeeded()) {
+    const auto registers = [](void* self, int thread) { static_cast<LinuxSystem*>(self)->RegisterOwnThread(thread); };
+    if (int failed = move_watch_.Start(page_bytes_, registers, this)) {
+      error->Set(WhyNoThread(failed));
+      return failed;
+    }
+  }
+
   ProbeContexts contexts{contexts_[kTracker], contexts_[kGate],       contexts_[kStaging],
                          contexts_[kBreaker], options.user_mode_only, options.refuse_kernel_faults};
   const int failed = ProbeKernel(contexts, pagemap_, page_bytes_, error);
@@ -188,6 +197,7 @@ int LinuxSystem::OpenAll(const LinuxOptions& options, ErrorText* error) {
 }
 
 void LinuxSystem::CloseAll() {
+  move_watch_.Stop();
   children_.CloseAll();
   GiveUpSpare();
   for (int& fd : contexts_) {
@@ -254,7 +264,9 @@ Partial LinuxSystem::Continue(Context context, Span span, bool protect) {
 
 Partial LinuxSystem::Move(Context context, Address to, Address from, std::size_t bytes) {
   Use use(this, context);
-  return use.gone() ? Partial{-ESRCH, 0} : Noted(Refusals::kMove, uffd::Move(use.fd(), to, from, bytes));
+  if (use.gone()) return {-ESRCH, 0};
+  const bool watched = context == kStaging && move_watch_.started();
+  return Noted(Refusals::kMove, watched ? move_watch_.Move(use.fd(), to, from, bytes) : uffd::Move(use.fd(), to, from, bytes));
 }
 
 Partial LinuxSystem::Copy(Context context, Address to, const void* from, std::size_t bytes, bool wake) {

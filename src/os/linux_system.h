@@ -11,6 +11,7 @@
 #include "os/child_contexts.h"
 #include "os/io_batch.h"
 #include "os/mappings.h"
+#include "os/move_watch.h"
 #include "os/os.h"
 #include "os/pagemap.h"
 #include "os/pins.h"
@@ -138,6 +139,7 @@ class LinuxSystem final : public System {
   Features features_;
   int contexts_[kNamedContexts] = {-1, -1, -1, -1, -1};
   ChildContexts children_;
+  MoveWatch move_watch_;
   Pagemap pagemap_;
   Mappings mappings_;
   IoBatch batch_;

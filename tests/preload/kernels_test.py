@@ -101,7 +101,7 @@ run() {
   shift 2
   echo "GUEST BEGIN $name"
   rm -f /tmp/status
-  ("$@" < /dev/null 2>&1; echo $? > /tmp/status.new; mv /tmp/status.new /tmp/status) &
+  (setsid "$@" < /dev/null 2>&1; echo $? > /tmp/status.new; mv /tmp/status.new /tmp/status) &
   while [ ! -e /tmp/status ]; do
     sleep 0.5
     left=$((left - 1))
@@ -289,7 +289,7 @@ class Results:
         if program == "stress_test" and how == "FAILED" and only_too_few(self.lines):
             how = "OK"
         if not self.gtest:  # a program with a main of its own: one case
-            self.whole(program, how, *self.lines[-400:], *([f"status {status}"] if how == "FAILED" else []))
+            self.whole(program, how, *self.lines[:50], *self.lines[50:][-400:], *([f"status {status}"] if how == "FAILED" else []))
         elif self.case:  # it has not ended
             print(f"{program} ended in it with status {status}")
             self.case_ends("FAILED")
