@@ -37,6 +37,10 @@ std::uint32_t HashOf(const std::byte* page, std::size_t, std::uint64_t seed) {
   return (content % 100 < 3 ? content % 7 : content * 2654435761u) + static_cast<std::uint32_t>(seed);
 }
 
+std::uint64_t WholeHashOf(const std::byte* page, std::size_t bytes, std::uint64_t seed) {
+  return std::uint64_t{HashOf(page, bytes, seed)} << 32 | ContentOf(page);
+}
+
 // Fails the test where a frame is written that somebody may be looking at.
 class FakeFiles : public Domain::Files {
  public:
@@ -75,7 +79,7 @@ struct World {
   FakeFiles files;
   IndexWriter index{memory, [](void* self, std::size_t offset, std::size_t bytes) { return madvise(static_cast<char*>(static_cast<World*>(self)->memory) + offset, bytes, MADV_REMOVE); }, this};
   IndexReader reader{memory, kIndexFileBytes};
-  Domain domain{files, index, reader, kPage, 5, &HashOf};
+  Domain domain{files, index, reader, kPage, 5, &WholeHashOf};
   std::vector<PageBytes> ring = std::vector<PageBytes>(wire::kRingPages);
   ~World() { munmap(memory, kIndexFileBytes); }
 
@@ -221,8 +225,9 @@ TEST(Domain, OffersMeet) {
   World world;
   const std::uint16_t a = world.domain.Join(), b = world.domain.Join();
   std::vector<std::pair<std::uint16_t, std::uint32_t>> wanted;
-  const auto offer = [&](std::uint16_t member, std::vector<std::uint32_t> hashes) {
+  const auto offer = [&](std::uint16_t member, std::vector<std::uint64_t> hashes) {
     wanted.clear();
+    for (std::uint64_t& hash : hashes) hash = hash << 32 | hash;
     world.domain.Offer(
         member, hashes.data(), hashes.size(),
         [](void* out, std::uint16_t who, std::uint32_t hash) { static_cast<decltype(wanted)*>(out)->emplace_back(who, hash); }, &wanted);

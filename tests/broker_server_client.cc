@@ -9,6 +9,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -191,7 +192,8 @@ std::uint32_t Client::Acquire(std::uint32_t frame, std::uint32_t hash) {
 bool Client::SendWords(Kind kind, const std::vector<std::uint32_t>& words) {
   auto message = std::make_unique<wire::Message>();
   message->header = {0, kind, static_cast<std::uint16_t>(words.size()), 0, 0};
-  std::copy(words.begin(), words.end(), message->words.begin());
+  if (kind == Kind::kOffer) std::transform(words.begin(), words.end(), message->offers.begin(), [](std::uint32_t w) { return std::uint64_t{w} << 32; });
+  else std::copy(words.begin(), words.end(), message->words.begin());
   return Send(*message);
 }
 

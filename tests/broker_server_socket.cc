@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <csignal>
 #include <random>
 
@@ -184,14 +185,14 @@ TEST_P(Ksmud, WhoDoesNotReadHoldsUpNobody) {
     ASSERT_LT(sent, 100000);
   }
   // What is wanted of the slow one, more than is kept for it.
-  std::vector<std::uint32_t> hashes(wire::kMaxHashes);
-  for (int round = 0; round < 300; ++round) {
-    for (std::uint32_t i = 0; i < hashes.size(); ++i) hashes[i] = static_cast<std::uint32_t>(round) << 16 | i;
+  std::vector<std::uint32_t> hashes(wire::kMaxOffers);
+  for (int round = 0; round < 600; ++round) {
+    for (std::uint32_t i = 0; i < hashes.size(); ++i) hashes[i] = std::rotl(static_cast<std::uint32_t>(round) << 11 | i, 12);
     ASSERT_TRUE(slow.SendWords(Kind::kOffer, hashes));
   }
   double longest = 0;
-  for (int round = 0; round < 300; ++round) {
-    for (std::uint32_t i = 0; i < hashes.size(); ++i) hashes[i] = static_cast<std::uint32_t>(round) << 16 | i;
+  for (int round = 0; round < 600; ++round) {
+    for (std::uint32_t i = 0; i < hashes.size(); ++i) hashes[i] = std::rotl(static_cast<std::uint32_t>(round) << 11 | i, 12);
     ASSERT_TRUE(other.SendWords(Kind::kOffer, hashes));
     const double start = Now();
     ASSERT_EQ(other.Publish({MakePage(2)}).size(), 1u);

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <random>
 
@@ -87,7 +88,8 @@ class BrokerServer : public testing::Test {
   }
   static std::unique_ptr<Message> MakeWords(Kind kind, std::vector<std::uint32_t> words, std::uint32_t number = 0) {
     auto message = Make(kind, static_cast<std::uint16_t>(words.size()), number);
-    std::copy(words.begin(), words.end(), message->words.begin());
+    if (kind == Kind::kOffer) std::transform(words.begin(), words.end(), message->offers.begin(), [](std::uint32_t w) { return std::uint64_t{w} << 32; });
+    else std::copy(words.begin(), words.end(), message->words.begin());
     return message;
   }
   static std::unique_ptr<Message> MakeSettle(std::vector<SettleEntry> entries, std::uint32_t number = 1) {
@@ -418,11 +420,11 @@ TEST_F(BrokerServer, OffersAreTurnedIntoWishes) {
 
 TEST_F(BrokerServer, WishesThatDoNotFitAreLostAndCounted) {
   const Member a = Join(default_), b = Join(default_);
-  constexpr std::uint32_t kOffers = Server::kMaxWanted + 4 * wire::kMaxHashes;
+  constexpr std::uint32_t kOffers = Server::kMaxWanted + 8 * wire::kMaxOffers;
   const auto offer_all = [&](const Member& member) {
-    for (std::uint32_t first = 0; first < kOffers; first += wire::kMaxHashes) {
-      std::vector<std::uint32_t> hashes(wire::kMaxHashes);
-      for (std::uint32_t i = 0; i < hashes.size(); ++i) hashes[i] = first + i;
+    for (std::uint32_t first = 0; first < kOffers; first += wire::kMaxOffers) {
+      std::vector<std::uint32_t> hashes(wire::kMaxOffers);
+      for (std::uint32_t i = 0; i < hashes.size(); ++i) hashes[i] = std::rotl(first + i, 12);
       Deliver(member.conn, *MakeWords(Kind::kOffer, hashes));
       server_.Flush();
     }
@@ -431,18 +433,22 @@ TEST_F(BrokerServer, WishesThatDoNotFitAreLostAndCounted) {
   offer_all(a);
   offer_all(b);
   // One packet went out, the queue is full, and b was answered all the time.
-  EXPECT_EQ(server_.Status()[0].wanted_lost, kOffers - wire::kMaxHashes - Server::kMaxWanted);
+  EXPECT_EQ(server_.Status()[0].wanted_lost, kOffers - wire::kMaxOffers - Server::kMaxWanted);
   EXPECT_TRUE(server_.MayRead(a.conn));
   EXPECT_TRUE(server_.WantsToWrite(a.conn));
   EXPECT_NE(Publish(b, 1), wire::kNoFrame);
   outbox_.peers[a.conn].takes = 1 << 30;
   server_.Writable(a.conn);
   std::uint32_t next = 0;
+  bool told = false;
   while (const auto wanted = Next(a.conn)) {
     ASSERT_EQ(wanted->message.header.kind, Kind::kWanted);
-    for (std::size_t i = 0; i < wanted->message.header.count; ++i) ASSERT_EQ(wanted->message.words[i], next++);
+    ASSERT_FALSE(told) << "after all that was kept";
+    told = wanted->message.header.count == 0;
+    for (std::size_t i = 0; i < wanted->message.header.count; ++i) ASSERT_EQ(wanted->message.words[i], std::rotl(next++, 12));
   }
-  EXPECT_EQ(next, wire::kMaxHashes + Server::kMaxWanted);
+  EXPECT_TRUE(told) << "that some were lost";
+  EXPECT_EQ(next, wire::kMaxOffers + Server::kMaxWanted);
   EXPECT_FALSE(server_.WantsToWrite(a.conn));
 }
 

@@ -61,7 +61,7 @@ const struct {
     {Kind::kJoin, Sender::kMember, true, 1},
     {Kind::kFile, Sender::kMember, true, 1},
     {Kind::kSettle, Sender::kMember, true, wire::kMaxSettle},
-    {Kind::kOffer, Sender::kMember, false, wire::kMaxHashes},
+    {Kind::kOffer, Sender::kMember, false, wire::kMaxOffers},
     {Kind::kRelease, Sender::kMember, false, wire::kMaxFrames},
     {Kind::kJoined, Sender::kBroker, true, 1},
     {Kind::kRefused, Sender::kBroker, true, 1},
@@ -76,7 +76,8 @@ TEST(Wire, EveryKindComesBackAsItWent) {
       Packet packet(k.kind, count, k.numbered ? 77 : 0);
       for (std::size_t i = 0; i < count; ++i) {
         if (k.kind == Kind::kSettle) packet.message->settle[i] = {static_cast<std::uint32_t>(1 + i % 3), static_cast<std::uint32_t>(i * 977), static_cast<std::uint32_t>(i), 0};
-        else if (k.kind == Kind::kOffer || k.kind == Kind::kWanted) packet.message->words[i] = static_cast<std::uint32_t>(i * 2654435761u);
+        else if (k.kind == Kind::kOffer) packet.message->offers[i] = i * 0x9E3779B97F4A7C15u;
+        else if (k.kind == Kind::kWanted) packet.message->words[i] = static_cast<std::uint32_t>(i * 2654435761u);
         else if (k.kind == Kind::kRelease) packet.message->words[i] = static_cast<std::uint32_t>(i * 65521);
         else if (k.kind == Kind::kSettled) packet.message->words[i] = i % 3 ? static_cast<std::uint32_t>(i) : wire::kNoFrame;
       }
@@ -352,59 +353,75 @@ TEST(SharedIndex, ReadersBesideTheWriter) {
 
 // --- candidates ----------------------------------------------------------------------------------------------------
 
-struct Members {
-  std::set<std::pair<int, int>> there;
-  static bool IsThere(void* self, Owner owner) { return static_cast<Members*>(self)->there.contains({owner.member, owner.generation}); }
-};
-
 TEST(Candidates, TheOlderIsAskedAndTheNewerStays) {
-  Members members{{{1, 0}, {2, 0}, {3, 0}}};
-  Candidates candidates(&Members::IsThere, &members);
-  Owner before;
-  EXPECT_FALSE(candidates.Offer(9, {1, 0}, &before));
-  EXPECT_FALSE(candidates.Offer(9, {1, 0}, &before)) << "one's own offer again";
-  EXPECT_TRUE(candidates.Offer(9, {2, 0}, &before));
-  EXPECT_EQ(before, (Owner{1, 0}));
-  EXPECT_TRUE(candidates.Offer(9, {3, 0}, &before));
-  EXPECT_EQ(before, (Owner{2, 0})) << "who was asked once and did not publish is asked no more";
-  members.there.erase({3, 0});
-  members.there.insert({3, 1});
-  EXPECT_FALSE(candidates.Offer(9, {1, 0}, &before)) << "the number is used again, by another member";
+  Candidates candidates;
+  std::uint16_t before;
+  EXPECT_FALSE(candidates.Offer(9, 1, &before));
+  EXPECT_FALSE(candidates.Offer(9, 1, &before)) << "one's own offer again";
+  EXPECT_TRUE(candidates.Offer(9, 2, &before));
+  EXPECT_EQ(before, 1);
+  EXPECT_TRUE(candidates.Offer(9, 1023, &before));
+  EXPECT_EQ(before, 2) << "who was asked once and did not publish is asked no more";
+  EXPECT_EQ(candidates.ForgetMember(1023, 0, 1 << 20), Candidates::kShards);
+  EXPECT_EQ(candidates.size(), 0u);
+  EXPECT_FALSE(candidates.Offer(9, 1, &before)) << "the number is used again, by another member";
   candidates.Forget(9);
   EXPECT_EQ(candidates.size(), 0u);
-  EXPECT_FALSE(candidates.Offer(9, {2, 0}, &before));
+  EXPECT_FALSE(candidates.Offer(9, 2, &before));
+}
+
+// Each bit of the hash counts: who guesses a part of it learns nothing.
+TEST(Candidates, AllBitsAreCompared) {
+  constexpr std::uint64_t kHash = 0x123456789abcdef0;
+  Candidates candidates;
+  std::uint16_t before;
+  EXPECT_FALSE(candidates.Offer(kHash, 1, &before));
+  for (int bit = 0; bit < 64; ++bit) EXPECT_FALSE(candidates.Offer(kHash ^ std::uint64_t{1} << bit, 2, &before)) << bit;
+  EXPECT_TRUE(candidates.Offer(kHash, 2, &before));
+  EXPECT_EQ(before, 1);
 }
 
 TEST(Candidates, AgreesWithAMapAndForgetsTheDead) {
-  Members members;
-  for (int m = 0; m < 8; ++m) members.there.insert({m, 0});
-  Candidates candidates(&Members::IsThere, &members);
-  std::map<std::uint32_t, Owner> model;
+  Candidates candidates;
+  std::map<std::uint64_t, std::uint16_t> model;
   std::mt19937 random(11);
-  for (int round = 0; round < 400'000; ++round) {
-    const std::uint32_t hash = random() % 60'000;
-    const Owner owner{static_cast<std::uint16_t>(random() % 8), 0};
+  const auto hash_of = [](std::uint64_t n) { return n * 0x9E3779B97F4A7C15u; };
+  for (int round = 0; round < 800'000; ++round) {
+    const std::uint64_t hash = hash_of(random() % 200'000);
+    const auto member = static_cast<std::uint16_t>(random() % 8);
     const auto known = model.find(hash);
-    if (random() % 4 == 0) {
+    if (random() % 8 == 0) {
       candidates.Forget(hash);
       model.erase(hash);
     } else {
-      Owner before;
-      const bool asked = candidates.Offer(hash, owner, &before);
-      ASSERT_EQ(asked, known != model.end() && !(known->second == owner)) << round;
+      std::uint16_t before;
+      const bool asked = candidates.Offer(hash, member, &before);
+      ASSERT_EQ(asked, known != model.end() && known->second != member) << round;
       if (asked) {
         ASSERT_EQ(before, known->second);
       }
-      model[hash] = owner;
+      model[hash] = member;
     }
   }
   EXPECT_EQ(candidates.size(), model.size());
-  EXPECT_LE(candidates.bytes(), candidates.size() * 16);
-  members.there.clear();
-  members.there.insert({9, 0});
-  Owner before;
-  for (std::uint32_t hash = 100'000; hash < 260'000; ++hash) EXPECT_FALSE(candidates.Offer(hash, {9, 0}, &before));
-  EXPECT_EQ(candidates.size(), 160'000u) << "what the dead had offered is still there";
+  const std::size_t empty = Candidates().bytes();
+  EXPECT_LE(candidates.bytes() - empty, candidates.size() * 16);
+  for (std::uint16_t member = 0; member < 8; ++member) {
+    std::size_t steps = 0;
+    for (std::size_t shard = 0; shard < Candidates::kShards; ++steps) shard = candidates.ForgetMember(member, shard, 1000);
+    EXPECT_GT(steps, 1u);
+    std::erase_if(model, [&](const auto& one) { return one.second == member; });
+    ASSERT_EQ(candidates.size(), model.size());
+  }
+  EXPECT_EQ(candidates.size(), 0u);
+}
+
+TEST(Candidates, ThereIsAnEndToThem) {
+  Candidates candidates;
+  std::uint16_t before;
+  for (std::uint64_t n = 0; n < 3 * Candidates::kMostInAShard; ++n) candidates.Offer(n, 1, &before);
+  EXPECT_LE(candidates.size(), Candidates::kMostInAShard);
+  EXPECT_LE(candidates.bytes() - Candidates().bytes(), Candidates::kMostInAShard * 16 * 2);
 }
 
 }  // namespace

@@ -14,9 +14,7 @@ using broker::Domain;
 using broker::wire::SettleEntry;
 
 namespace {
-std::uint32_t HashOf(const std::byte* page, std::size_t bytes, std::uint64_t seed) {
-  return static_cast<std::uint32_t>(content::Hash(page, bytes, seed) >> 32);
-}
+std::uint64_t HashOf(const std::byte* page, std::size_t bytes, std::uint64_t seed) { return content::Hash(page, bytes, seed); }
 void* MapIndex() {
   return mmap(nullptr, broker::kIndexFileBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 }
@@ -58,7 +56,7 @@ bool ModelSource::Holds(broker::Frame frame, const std::byte* page) {
 
 void ModelSource::PeerPublish(int value, bool replica) {
   std::fill(peer_page_.begin(), peer_page_.end(), static_cast<std::byte>(value));
-  const SettleEntry entry{replica ? SettleEntry::kReplica : SettleEntry::kPublish, HashOf(peer_page_.data(), page_, seed_), 0, 0};
+  const SettleEntry entry{replica ? SettleEntry::kReplica : SettleEntry::kPublish, static_cast<std::uint32_t>(HashOf(peer_page_.data(), page_, seed_) >> 32), 0, 0};
   std::uint32_t answer = broker::wire::kNoFrame;
   const char* const wrong = domain_.Settle(
       peer_, &entry, 1,
@@ -74,7 +72,7 @@ void ModelSource::PeerPublish(int value, bool replica) {
 
 void ModelSource::PeerOffer(int value) {
   std::fill(peer_page_.begin(), peer_page_.end(), static_cast<std::byte>(value));
-  const std::uint32_t hash = HashOf(peer_page_.data(), page_, seed_);
+  const std::uint64_t hash = HashOf(peer_page_.data(), page_, seed_);
   domain_.Offer(peer_, &hash, 1, &ModelSource::Wanted, this);
 }
 
@@ -104,41 +102,70 @@ void ModelSource::Gone() {
   domain_.Gone(me_);
 }
 
-void ModelSource::Flush() {
+void ModelSource::FlushGivenUp() {
   const auto say = [](const char* wrong) { EXPECT_EQ(wrong, nullptr) << wrong; };
   say(domain_.Drop(me_, drops_.data(), drops_.size()));
   say(domain_.Release(me_, releases_.data(), releases_.size()));
-  domain_.Offer(me_, offers_.data(), offers_.size(), &ModelSource::Wanted, this);
   drops_.clear();
   releases_.clear();
+}
+
+void ModelSource::Flush() {
+  if (!Busy()) FlushGivenUp();
+  domain_.Offer(me_, offers_.data(), offers_.size(), &ModelSource::Wanted, this);
   offers_.clear();
 }
 
-bool ModelSource::Settle(Want* wants, std::size_t count) {
-  if (death_ == Death::kBeforeNext) Die(Death::kNow);
-  if (gone_) return false;
-  Flush();
+std::vector<std::uint32_t> ModelSource::Answers(const std::vector<Want>& wants) {
   std::vector<SettleEntry> entries;
-  for (std::size_t i = 0; i < count; ++i) {
-    entries.push_back({wants[i].kind, wants[i].hash, wants[i].kind == Want::kAcquire ? wants[i].theirs : wants[i].place, 0});
-  }
-  std::vector<std::uint32_t> answers(count, broker::wire::kNoFrame);
+  for (const Want& want : wants) entries.push_back({want.kind, want.hash, want.kind == Want::kAcquire ? want.theirs : want.place, 0});
+  std::vector<std::uint32_t> answers(wants.size(), broker::wire::kNoFrame);
   const char* const wrong = domain_.Settle(
-      me_, entries.data(), count,
+      me_, entries.data(), entries.size(),
       [](void* self, std::uint32_t place, std::byte* page) {
         auto& source = *static_cast<ModelSource*>(self);
         std::memcpy(page, source.ring_.data() + place * source.page_, source.page_);
       },
       this, answers.data());
   EXPECT_EQ(wrong, nullptr) << wrong;
+  return answers;
+}
+
+ModelSource::Answer ModelSource::Settle(Want* wants, std::size_t count) {
+  EXPECT_FALSE(Busy()) << "asked while an answer is awaited";
+  if (death_ == Death::kBeforeNext) Die(Death::kNow);
+  if (gone_) return Answer::kGone;
+  Flush();
+  const std::vector<Want> asked(wants, wants + count);
+  for (std::size_t i = 0; i < count; ++i) wants[i].theirs = frames::kNoFrame;
+  if (const int slow = std::exchange(slow_, 0)) {
+    if (slow == 1) answers_ = Answers(asked);
+    asked_ = asked;
+    return Answer::kLater;
+  }
+  const std::vector<std::uint32_t> answers = Answers(asked);
   if (death_ == Death::kBeforeAnswer) Die(Death::kNow);
-  if (gone_) return false;
+  if (gone_) return Answer::kGone;
   for (std::size_t i = 0; i < count; ++i) wants[i].theirs = answers[i];
-  return true;
+  return Answer::kGranted;
+}
+
+// What was given up meanwhile, and not said, stays given up.
+void ModelSource::TakeLate(const News& news) {
+  const std::vector<Want> asked = std::exchange(asked_, {});
+  if (answers_.empty()) answers_ = Answers(asked);
+  const auto answers = std::exchange(answers_, {});
+  const auto has = [](const auto& words, std::uint32_t word) { return std::find(words.begin(), words.end(), word) != words.end(); };
+  for (std::size_t i = 0; i < asked.size(); ++i) {
+    const std::uint32_t theirs = answers[i];
+    if (theirs != broker::wire::kNoFrame && !has(drops_, theirs) && !has(releases_, theirs)) news.granted(news.cookie, asked[i].hash, theirs);
+  }
 }
 
 int ModelSource::OpenFile(std::size_t number, os::File* out) {
   if (gone_ || number >= files_.size()) return -EPIPE;
+  if (Busy()) return -EAGAIN;
+  if (slow_ == 2) return slow_ = 0, -EAGAIN;
   return fake_.ReopenFile(files_[number], out);
 }
 
@@ -148,6 +175,7 @@ void ModelSource::Lookup(std::uint32_t hash, bool (*visit)(void* cookie, frames:
 
 bool ModelSource::Serve(const News& news) {
   if (gone_) return false;
+  if (Busy() && slow_++ % 2) slow_ = 0, TakeLate(news);
   Flush();
   const auto wanted = std::exchange(wanted_, {});
   const bool lose = std::exchange(lose_news_, false);

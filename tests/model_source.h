@@ -25,6 +25,8 @@ class ModelSource final : public frames::Source, private broker::Domain::Files {
   void PeerGivesUp(unsigned which);  // every third of its frames
   void Die(Death when);
   void LoseNews() { lose_news_ = true; }
+  // The answer to what is asked for next is slow: the question is heard at once, or only when the answer comes.
+  void BeSlow(bool heard_at_once) { slow_ = heard_at_once ? 1 : 2; }
   // The process of the engine can map nothing of it any more.
   void Gone();
   bool Empty() const { return domain_.frames_live() == 0; }
@@ -32,14 +34,17 @@ class ModelSource final : public frames::Source, private broker::Domain::Files {
   std::uint64_t seed() const override { return seed_; }
   std::byte* ring() override { return ring_.data(); }
   std::size_t ring_pages() const override { return kRing; }
-  bool Settle(Want* wants, std::size_t count) override;
+  Answer Settle(Want* wants, std::size_t count) override;
+  bool Busy() const override { return !asked_.empty(); }
   int OpenFile(std::size_t number, os::File* out) override;
-  void Offer(std::uint32_t hash) override { offers_.push_back(hash); }
+  void Offer(std::uint64_t hash) override { offers_.push_back(hash); }
   void Drop(frames::Frame theirs) override { drops_.push_back(theirs); }
   void Release(frames::Frame theirs) override { releases_.push_back(theirs); }
+  void Prefetch(std::uint32_t) const override {}
   void Lookup(std::uint32_t hash, bool (*visit)(void* cookie, frames::Frame theirs), void* cookie) const override;
   bool Serve(const News& news) override;
-  bool Pending() const override { return !drops_.empty() || !releases_.empty() || !offers_.empty(); }
+  bool Pending() const override { return Busy() || !drops_.empty() || !releases_.empty() || !offers_.empty(); }
+  void Tell(const Report&) override {}
 
  private:
   static constexpr std::size_t kRing = 8;  // it fills up
@@ -48,6 +53,9 @@ class ModelSource final : public frames::Source, private broker::Domain::Files {
   int Punch(broker::Frame first, std::size_t count) override;
   bool Holds(broker::Frame frame, const std::byte* page) override;
   void Flush();
+  void FlushGivenUp();
+  std::vector<std::uint32_t> Answers(const std::vector<Want>& wants);
+  void TakeLate(const News& news);
   static void Wanted(void* self, std::uint16_t member, std::uint32_t hash);
 
   os::FakeSystem& fake_;
@@ -62,7 +70,11 @@ class ModelSource final : public frames::Source, private broker::Domain::Files {
   std::vector<std::byte> ring_, peer_page_;
   std::uint16_t me_, peer_;
   std::vector<broker::Frame> peer_holds_;
-  std::vector<std::uint32_t> offers_, drops_, releases_, wanted_;
+  std::vector<std::uint64_t> offers_;
+  std::vector<std::uint32_t> drops_, releases_, wanted_;
+  std::vector<Want> asked_;              // what has not been answered
+  std::vector<std::uint32_t> answers_;   // to it, if it has been heard
+  int slow_ = 0;
   std::uint64_t log_position_ = 0;
   Death death_ = Death::kNone;
   bool gone_ = false, lose_news_ = false;

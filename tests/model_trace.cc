@@ -141,6 +141,7 @@ void AddDomain(Trace* t) {
     else if (r < 18) add(OpKind::kPeerGivesUp, pick(3));
     else if (r < 19) add(OpKind::kLoseNews);
     else if (r < 21) add(OpKind::kSourceDies, 1 + pick(3));
+    else if (r >= 94) add(OpKind::kSourceSlow, pick(2));
     else if (r < 24 || (late && r < 30)) add(OpKind::kSourceComes, pick(2));
     else if (r < 34) add(OpKind::kStep, 1 + pick(3));
   }

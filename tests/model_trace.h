@@ -41,6 +41,7 @@ enum class OpKind : std::uint8_t {
   kPeerOffer,    // a: value
   kPeerGivesUp,  // a: which third
   kLoseNews,
+  kSourceSlow,
   kSourceDies,  // a: when
   kSourceComes,  // a: 1: with the seed of the one before
   kCount,

@@ -290,6 +290,7 @@ void World::Do(const Op& op) {
     case OpKind::kPeerOffer:
     case OpKind::kPeerGivesUp:
     case OpKind::kLoseNews:
+    case OpKind::kSourceSlow:
     case OpKind::kSourceDies:
     case OpKind::kSourceComes:
       in_call_ = true;
@@ -332,6 +333,7 @@ void World::DomainCall(const Op& op) {
     case OpKind::kPeerOffer: source_->PeerOffer(op.a); break;
     case OpKind::kPeerGivesUp: source_->PeerGivesUp(static_cast<unsigned>(op.a)); break;
     case OpKind::kLoseNews: source_->LoseNews(); break;
+    case OpKind::kSourceSlow: source_->BeSlow(op.a != 0); break;
     default: source_->Die(static_cast<ModelSource::Death>(op.a)); break;
   }
 }

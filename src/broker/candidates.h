@@ -1,4 +1,7 @@
 // What members have offered: pages that each has once. Hash -> who offered it last. The broker's own; 8 bytes a slot.
+//
+// By all 64 bits of the hash: who is asked for a page that it has once publishes it for all to see. Of 32 bits a member could
+// guess every one, and so see every still page of every other.
 #pragma once
 
 #include <cstddef>
@@ -7,42 +10,40 @@
 
 namespace ksmu::broker {
 
-// A member, told apart from an earlier one of the same number.
-struct Owner {
-  std::uint16_t member = 0;
-  std::uint16_t generation = 0;
-  bool operator==(const Owner&) const = default;
-};
-
 class Candidates {
  public:
-  static constexpr std::size_t kMost = std::size_t{1} << 25;  // 128 GiB of pages, each once; 512 MiB of slots at the most
-  // `is_there(cookie, owner)`: the member has not gone. Asked when the table grows: offers of those that have are left behind.
-  using IsThere = bool (*)(void* cookie, Owner);
-  Candidates(IsThere is_there, void* cookie) : is_there_(is_there), cookie_(cookie) {}
+  static constexpr std::uint16_t kMaxMembers = 1024;                 // numbers below
+  static constexpr std::size_t kMost = std::size_t{1} << 25;         // 128 GiB of pages, each once; 512 MiB of slots at the most
+  static constexpr std::size_t kShards = 4096;                       // a table each: none takes long to grow
+  static constexpr std::size_t kMostInAShard = kMost / kShards;
 
-  // The hash is this owner's from now on. True: *before is another one, who offered it before and is there still. One that
-  // offers and never publishes is so asked once for each offer of another's, and can deny nobody else's.
-  bool Offer(std::uint32_t hash, Owner owner, Owner* before);
+  Candidates() : shards_(kShards) {}
+
+  // The hash is this member's from now on. True: *before is another one, who offered it before. One that offers and never
+  // publishes is so asked once for each offer of another's, and can deny nobody else's.
+  bool Offer(std::uint64_t hash, std::uint16_t member, std::uint16_t* before);
   // It has been published, or nobody wants it.
-  void Forget(std::uint32_t hash);
+  void Forget(std::uint64_t hash);
+  // Forgets what the member has offered, from the shard `first` on, until `most` slots have been looked at. The shard where to go
+  // on; kShards: that was all.
+  std::size_t ForgetMember(std::uint16_t member, std::size_t first, std::size_t most);
+  // Brings the hash's slot near, for a call that is about to come.
+  void Prefetch(std::uint64_t hash) const;
   std::size_t size() const { return live_; }
-  std::size_t bytes() const { return slots_.size() * sizeof(Slot); }
+  std::size_t bytes() const { return slots_ * sizeof(Slot) + kShards * sizeof(Shard); }
 
  private:
-  struct Slot {
-    std::uint32_t hash;
-    Owner owner;  // member 0xffff: empty, or forgotten if the generation is not 0
+  // The hash without the bits that name its shard, the member, and whether it is one: kEmpty, kLive, kForgotten.
+  using Slot = std::uint64_t;
+  struct Shard {
+    std::vector<Slot> slots;
+    std::uint32_t live = 0, filled = 0;
   };
-  static constexpr std::uint16_t kNobody = 0xffff;
-  std::size_t Home(std::uint32_t hash) const;
-  std::size_t Find(std::uint32_t hash) const;
-  void MakeRoom();
+  Shard& ShardOf(std::uint64_t hash) { return shards_[hash >> 52]; }
+  void MakeRoom(Shard& shard);
 
-  IsThere is_there_;
-  void* cookie_;
-  std::vector<Slot> slots_;
-  std::size_t live_ = 0, filled_ = 0;
+  std::vector<Shard> shards_;
+  std::size_t live_ = 0, slots_ = 0;
 };
 
 }  // namespace ksmu::broker

@@ -8,6 +8,11 @@ namespace ksmu::broker {
 
 using wire::SettleEntry;
 
+namespace {
+constexpr std::size_t kSlotsAtOnce = 256 * 1024;  // of offers
+constexpr std::size_t kAhead = 8;           // look-ups whose memory is fetched while others are made
+}  // namespace
+
 bool Domain::FrameSet::Has(Frame frame) const {
   const std::size_t block = frame / kBlock;
   return block < blocks_.size() && blocks_[block] && blocks_[block]->bits[frame % kBlock];
@@ -46,13 +51,7 @@ std::size_t Domain::FrameSet::bytes() const {
 
 Domain::Domain(Files& files, IndexWriter& index, const IndexReader& reader, std::size_t page_bytes, std::uint64_t seed, Hash hash)
     : storage_(files), index_(index), reader_(reader), page_bytes_(page_bytes), seed_(seed), hash_(hash),
-      candidates_(&Domain::IsThere, this), page_(page_bytes) {}
-
-bool Domain::IsThere(void* self, Owner owner) {
-  const auto& members = static_cast<Domain*>(self)->members_;
-  return owner.member < members.size() && members[owner.member].state == Member::kHere &&
-         members[owner.member].generation == owner.generation;
-}
+      page_(page_bytes) {}
 
 std::uint16_t Domain::Join() {
   const auto free = std::find_if(members_.begin(), members_.end(), [](const Member& m) { return m.state == Member::kNone; });
@@ -79,9 +78,10 @@ bool Domain::Gone(std::uint16_t member, std::size_t most) {
                      m.dropped.TakeBlock([&](Frame frame) { --Info(frame).covers, touched_.push_back(frame); });
     Tend(touched_);
     if (any) continue;
-    const auto next = static_cast<std::uint16_t>(m.generation + 1);
+    // Whoever gets the number next has not offered that.
+    m.forgotten = candidates_.ForgetMember(member, m.forgotten, kSlotsAtOnce);
+    if (m.forgotten < Candidates::kShards) continue;
     m = Member{};
-    m.generation = next;
     return true;
   }
   return false;
@@ -175,13 +175,17 @@ bool Domain::Stretch(Member& member) {
 }
 
 // page_ is what is to be published.
-Frame Domain::Publish(Member& member, std::uint32_t hash, bool replica) {
+Frame Domain::Publish(Member& member, std::uint64_t hash64, bool replica) {
+  const auto hash = static_cast<std::uint32_t>(hash64 >> 32);
   Frame same = wire::kNoFrame;
   int contents = 0, replicas = 0;
   reader_.Lookup(hash, [&](Frame frame) {
-    if (!storage_.Holds(frame, page_.data())) return ++contents < kMaxContents;
-    same = frame;
-    return replica ? ++replicas < kMaxReplicas : false;
+    // Behind one that is the same all count as such: to compare each would take long, and where the hash is, so is the content.
+    if (same != wire::kNoFrame || storage_.Holds(frame, page_.data())) {
+      if (same == wire::kNoFrame) same = frame;
+      return replica ? ++replicas < kMaxReplicas : false;
+    }
+    return ++contents < kMaxContents;
   });
   if (contents >= kMaxContents) return wire::kNoFrame;
   // Of replicas there are enough at some time.
@@ -192,7 +196,7 @@ Frame Domain::Publish(Member& member, std::uint32_t hash, bool replica) {
   ++member.next;
   Info(frame) = {hash, 0, 0, FrameInfo::kLive};
   ++live_;
-  candidates_.Forget(hash);
+  candidates_.Forget(hash64);
   return frame;
 }
 
@@ -208,8 +212,9 @@ const char* Domain::Settle(std::uint16_t number, const SettleEntry* entries, std
     } else {
       // From here on the member can do to its ring what it likes.
       copy(cookie, entry.place, page_.data());
-      if (hash_(page_.data(), page_bytes_, seed_) != entry.hash) return "a page that has not the hash that was claimed";
-      frame = Publish(member, entry.hash, entry.what == SettleEntry::kReplica);
+      const std::uint64_t hash = hash_(page_.data(), page_bytes_, seed_);
+      if (hash >> 32 != entry.hash) return "a page that has not the hash that was claimed";
+      frame = Publish(member, hash, entry.what == SettleEntry::kReplica);
     }
     if (frame != wire::kNoFrame) Hold(member, frame);
     answers[i] = frame;
@@ -259,19 +264,23 @@ const char* Domain::Release(std::uint16_t number, const std::uint32_t* frames, s
   return wrong;
 }
 
-void Domain::Offer(std::uint16_t member, const std::uint32_t* hashes, std::size_t count,
+void Domain::Offer(std::uint16_t member, const std::uint64_t* hashes, std::size_t count,
                    void (*wanted)(void* cookie, std::uint16_t member, std::uint32_t hash), void* cookie) {
-  const Owner owner{member, members_[member].generation};
   for (std::size_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) {
+      candidates_.Prefetch(hashes[i + kAhead]);
+      reader_.Prefetch(static_cast<std::uint32_t>(hashes[i + kAhead] >> 32));
+    }
+    const auto hash = static_cast<std::uint32_t>(hashes[i] >> 32);
     // It is there already: its look-up missed it, or was too early. Who publishes what is there is given the frame.
     bool there = false;
-    reader_.Lookup(hashes[i], [&](Frame) { return !(there = true); });
+    reader_.Lookup(hash, [&](Frame) { return !(there = true); });
     if (there) {
-      wanted(cookie, member, hashes[i]);
+      wanted(cookie, member, hash);
       continue;
     }
-    Owner before;
-    if (candidates_.Offer(hashes[i], owner, &before)) wanted(cookie, before.member, hashes[i]);
+    std::uint16_t before;
+    if (candidates_.Offer(hashes[i], member, &before) && IsMember(before)) wanted(cookie, before, hash);
   }
 }
 

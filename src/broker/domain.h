@@ -29,7 +29,7 @@ class Domain {
  public:
   static constexpr std::size_t kFramesPerFile = wire::kFramesPerFile;
   static constexpr std::size_t kChunk = 512;
-  static constexpr std::uint16_t kMaxMembers = 1024;
+  static constexpr std::uint16_t kMaxMembers = Candidates::kMaxMembers;
   static constexpr int kMaxContents = 16;  // of one hash: more is an accident that does not happen, or an attack
   static constexpr int kMaxReplicas = 64;  // of one content
 
@@ -42,7 +42,8 @@ class Domain {
     virtual int Punch(Frame first, std::size_t count) = 0;  // within one file
     virtual bool Holds(Frame frame, const std::byte* page) = 0;
   };
-  using Hash = std::uint32_t (*)(const std::byte* page, std::size_t bytes, std::uint64_t seed);
+  // Its upper half names contents, in the index and in messages; all of it tells offers apart.
+  using Hash = std::uint64_t (*)(const std::byte* page, std::size_t bytes, std::uint64_t seed);
 
   Domain(Files& files, IndexWriter& index, const IndexReader& reader, std::size_t page_bytes, std::uint64_t seed, Hash hash);
 
@@ -51,8 +52,8 @@ class Domain {
   bool IsMember(std::uint16_t member) const { return member < members_.size() && members_[member].state == Member::kHere; }
   // Its connection has ended: it gets nothing any more, and keeps what it holds until Gone.
   void Leave(std::uint16_t member);
-  // Nobody can map any more what it held: it is given up, `most` blocks of frames in a call, since a large member's frames take
-  // longer than others are to wait. True: that was all, and its number is free.
+  // Nobody can map any more what it held: it is given up, `most` blocks of frames or of offers in a call, since a large member's
+  // take longer than others are to wait. True: that was all, and its number is free.
   bool Gone(std::uint16_t member, std::size_t most = ~std::size_t{0});
   // No more live frames than that: what would be one more is refused.
   void LimitTo(std::size_t frames) { most_frames_ = frames; }
@@ -66,7 +67,7 @@ class Domain {
   const char* Drop(std::uint16_t member, const std::uint32_t* frames, std::size_t count);
   const char* Release(std::uint16_t member, const std::uint32_t* frames, std::size_t count);
   // `wanted(cookie, member, hash)`: that member is to publish, if it still has the page.
-  void Offer(std::uint16_t member, const std::uint32_t* hashes, std::size_t count,
+  void Offer(std::uint16_t member, const std::uint64_t* hashes, std::size_t count,
              void (*wanted)(void* cookie, std::uint16_t member, std::uint32_t hash), void* cookie);
 
   std::size_t frames_live() const { return live_; }
@@ -108,9 +109,9 @@ class Domain {
   };
   struct Member {
     enum State : std::uint8_t { kNone, kHere, kLeft } state = kNone;
-    std::uint16_t generation = 0;
-    Frame next = 0, end = 0;  // its stretch
-    FrameSet held, dropped;  // disjoint
+    std::size_t forgotten = 0;    // shards of the offers that have none of its any more
+    Frame next = 0, end = 0;      // its stretch
+    FrameSet held, dropped;       // disjoint
   };
 
   FrameInfo& Info(Frame frame) { return files_[frame / kFramesPerFile]->frames[frame % kFramesPerFile]; }
@@ -119,8 +120,7 @@ class Domain {
   void Free(Frame frame);
   void Tend(std::vector<Frame>& touched);
   bool Stretch(Member& member);
-  Frame Publish(Member& member, std::uint32_t hash, bool replica);
-  static bool IsThere(void* self, Owner owner);
+  Frame Publish(Member& member, std::uint64_t hash, bool replica);
 
   Files& storage_;
   IndexWriter& index_;

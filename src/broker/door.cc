@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <cstring>
 #include <string_view>
+#include <utility>
 
 #include "broker/member.h"
 
@@ -62,16 +63,15 @@ bool BrokerDoor::SameAs(const BrokerDoor& other) const {
   return true;
 }
 
-frames::Source* BrokerDoor::Enter(std::size_t page_bytes, const char** why) {
+frames::Source* BrokerDoor::Enter(std::size_t page_bytes, const char** why, bool* soon) {
   int error = 0;
   for (const auto& path : paths_) {
-    if (!path[0]) break;
-    Member* member = nullptr;
+    if (!path[0] || joining_) break;
     os::ErrorText text;
-    const int result = Member::Join(path, page_bytes, &member, &text);
+    const int result = Member::Begin(path, page_bytes, &joining_, &text);
     if (result == 0) {
-      last_error_ = 0;
-      return member;
+      *soon = true;
+      return nullptr;
     }
     const bool nobody = result == -ENOENT || result == -ECONNREFUSED;
     if (nobody && (!asked_for_ || error)) continue;
@@ -79,10 +79,25 @@ frames::Source* BrokerDoor::Enter(std::size_t page_bytes, const char** why) {
     why_ = text;
     if (!nobody) break;  // a broker that is there and does not let us in is not passed by
   }
+  if (joining_) {
+    error = joining_->Finish(&why_);
+    *soon = error == -EAGAIN;
+    if (*soon) return nullptr;
+    Member* const member = std::exchange(joining_, nullptr);
+    if (error == 0) {
+      last_error_ = 0;
+      return member;
+    }
+    Member::Destroy(member);
+  }
   // Once for each reason.
   if (error && error != last_error_) *why = why_.text;
   last_error_ = error;
   return nullptr;
+}
+
+void BrokerDoor::GiveUp() {
+  if (Member* const member = std::exchange(joining_, nullptr)) Member::Destroy(member);
 }
 
 void BrokerDoor::Leave(frames::Source* source) { static_cast<Member*>(source)->Leave(); }

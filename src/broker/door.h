@@ -8,6 +8,8 @@
 
 namespace ksmu::broker {
 
+class Member;
+
 // Trivially destructible: library threads outlive static destructors.
 class BrokerDoor final : public frames::Door {
  public:
@@ -20,13 +22,15 @@ class BrokerDoor final : public frames::Door {
   bool has_choice() const { return paths_[0][0] != 0; }
   bool SameAs(const BrokerDoor& other) const;
 
-  frames::Source* Enter(std::size_t page_bytes, const char** why) override;
+  frames::Source* Enter(std::size_t page_bytes, const char** why, bool* soon) override;
+  void GiveUp() override;
   void Leave(frames::Source* source) override;
   void Forget(frames::Source* source) override;
 
  private:
   static constexpr std::size_t kMaxPath = 256;  // more than a socket's can be
   char paths_[kCandidates][kMaxPath] = {};  // tried in this order
+  Member* joining_ = nullptr;  // has asked to be let in
   bool asked_for_ = false;    // whoever is not there is missed
   int last_error_ = 0;        // said already
   os::ErrorText why_;

@@ -240,7 +240,8 @@ bool Loop::AcceptWithoutDescriptors(Source& source) {
 }
 
 void Loop::ReadFrom(std::uint64_t key, Source& source) {
-  for (int i = 0; i < kMessagesARound; ++i) {
+  const std::uint64_t end = Now() + kTimeARound;
+  for (int i = 0; i < kMessagesARound && (i == 0 || Now() < end); ++i) {
     if (!ReceiveOne(key, source) || source.dropped || source.broken || !server_.MayRead(key)) return;
   }
 }

@@ -51,7 +51,8 @@ class Disposal {
 
 class Loop final : public Outbox {
  public:
-  static constexpr int kMessagesARound = 4;   // of one member
+  static constexpr int kMessagesARound = 4;   // of one member; one, if that takes long
+  static constexpr std::uint64_t kTimeARound = 1'000'000;
   static constexpr int kConnectionsARound = 16;
 
   Loop(Server::Config config, bool io_uring);

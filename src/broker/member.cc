@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cerrno>
 #include <new>
+#include <utility>
+
+#include "os/users.h"
 
 namespace ksmu::broker {
 
@@ -15,7 +18,7 @@ constexpr int kPacketsAServe = 16;
 constexpr std::size_t kFirstIndexBytes = std::size_t{16} << 20;
 }  // namespace
 
-int Member::Join(const char* path, std::size_t page_bytes, Member** out, os::ErrorText* why) {
+int Member::Begin(const char* path, std::size_t page_bytes, Member** out, os::ErrorText* why) {
   void* const memory = base::MapOwnPages(sizeof(Member));
   if (!memory) {
     why->Set("no memory for the library's own data");
@@ -30,6 +33,7 @@ int Member::Join(const char* path, std::size_t page_bytes, Member** out, os::Err
 
 void Member::Destroy(Member* member) {
   member->channel_.Close();
+  if (member->late_file_ >= 0) os::CloseDescriptor(member->late_file_);
   if (member->canary_) os::UnmapReceived(member->canary_, member->page_bytes_);
   if (member->index_) os::UnmapReceived(member->index_, member->index_mapped_);
   if (member->index_fd_ >= 0) os::CloseDescriptor(member->index_fd_);
@@ -39,7 +43,7 @@ void Member::Destroy(Member* member) {
 }
 
 void Member::Leave() {
-  if (channel_.open()) Flush(0);
+  if (channel_.open()) SendGivenUp();
   channel_.Close();
 }
 
@@ -60,7 +64,8 @@ int Member::Open(const char* path, os::ErrorText* why) {
     why->Set("it cannot be told whose the broker is");
     return error;
   }
-  if (user != 0 && user != os::ThisUser() && !os::IsUserListed(kTrustedFile, user)) {
+  const bool unknown = user == os::kUnknownUser && os::SeesUnknownUsers();
+  if (unknown || (user != 0 && user != os::ThisUser() && !os::IsUserListed(kTrustedFile, user))) {
     why->Set("the broker is another user's: only root's, one's own, and those of users in /etc/ksmu/brokers are trusted");
     return -EPERM;
   }
@@ -69,32 +74,45 @@ int Member::Open(const char* path, os::ErrorText* why) {
     why->Set(error == -EMFILE || error == -ENFILE ? "no descriptors for the ring that is shared with the broker" : "no memory for the ring that is shared with the broker");
     return error;
   }
-  out_.header = {0, Kind::kJoin, 1, ++number_, 0};
+  out_.header = {0, Kind::kJoin, 1, 0, 0};
   out_.join = {wire::kVersion, static_cast<std::uint32_t>(page_bytes_), wire::kRingPages, 0};
-  const bool sent = SendQuestion(ring_fd, kJoinPatienceMs);
+  const Answer asked = AskFor(Kind::kJoined, ring_fd);
   os::CloseDescriptor(ring_fd);
+  if (asked == Answer::kGranted) return 0;
+  why->Set("the broker does not take what it is sent");
+  return -EPIPE;
+}
+
+int Member::Finish(os::ErrorText* why) {
   int descriptors[2] = {-1, -1};
   std::size_t count = 0;
-  if (!sent || !Ask(Kind::kJoined, kJoinPatienceMs, descriptors, 2, &count)) {
-    if (in_.header.kind == Kind::kRefused && sent) {
-      const auto reason = static_cast<wire::Refusal>(in_.words[0]);
-      why->Set(reason == wire::Refusal::kVersion      ? "the broker speaks another version of the protocol"
-               : reason == wire::Refusal::kPageSize   ? "the broker has another page size"
-               : reason == wire::Refusal::kNotAllowed ? "the broker does not let this user into the domain"
-               : reason == wire::Refusal::kFull       ? "the broker has no room for another member"
-                                                      : "the broker has refused the ring");
-      return -ECONNABORTED;
-    }
-    why->Set("the broker does not answer, or not as a broker does");
-    return -ETIMEDOUT;
+  const Answer heard = Hear(0, descriptors, 2, &count);
+  if (heard == Answer::kLater) return -EAGAIN;
+  if (heard == Answer::kGranted && count == 2) return Admitted(descriptors[0], descriptors[1], why);
+  for (std::size_t i = 0; i < count; ++i) os::CloseDescriptor(descriptors[i]);
+  channel_.Close();
+  if (in_.header.kind == Kind::kRefused) {
+    const auto reason = static_cast<wire::Refusal>(in_.words[0]);
+    why->Set(reason == wire::Refusal::kVersion      ? "the broker speaks another version of the protocol"
+             : reason == wire::Refusal::kPageSize   ? "the broker has another page size"
+             : reason == wire::Refusal::kNotAllowed ? "the broker does not let this user into the domain"
+             : reason == wire::Refusal::kFull       ? "the broker has no room for another member"
+                                                    : "the broker has refused the ring");
+    return -ECONNABORTED;
   }
+  why->Set("the broker does not answer, or not as a broker does");
+  return -ETIMEDOUT;
+}
+
+int Member::Admitted(int index_fd, int canary_fd, os::ErrorText* why) {
   seed_ = in_.joined.seed;
   index_bytes_ = in_.joined.index_bytes;
-  index_fd_ = descriptors[0];
-  const bool sound = count == 2 && in_.joined.log_entries == kLogEntries && index_bytes_ == kIndexFileBytes && os::SizeOf(index_fd_) == index_bytes_;
-  const int mapped = sound ? os::MapReceived(descriptors[1], page_bytes_, true, &canary_) : 0;
-  if (count == 2) os::CloseDescriptor(descriptors[1]);
+  index_fd_ = index_fd;
+  const bool sound = in_.joined.log_entries == kLogEntries && index_bytes_ == kIndexFileBytes && os::SizeOf(index_fd_) == index_bytes_;
+  const int mapped = sound ? os::MapReceived(canary_fd, page_bytes_, true, &canary_) : 0;
+  os::CloseDescriptor(canary_fd);
   if (!sound || mapped || !MapIndex()) {
+    channel_.Close();
     why->Set(sound ? "no memory for the broker's index" : "the broker's answer is not as a broker's is");
     return sound ? -ENOMEM : -EPROTO;
   }
@@ -120,16 +138,24 @@ void Member::Lookup(std::uint32_t hash, bool (*visit)(void* cookie, frames::Fram
   Reader().Lookup(hash, [&](Frame frame) { return visit(cookie, frame); });
 }
 
-bool Member::SendQuestion(int descriptor, int patience_ms) {
-  const std::size_t bytes = wire::Encode(out_, packet_.data());
-  for (;;) {
-    const int error = channel_.Send(packet_.data(), bytes, descriptor);
-    if (error == 0) return true;
-    if (error != -EAGAIN || patience_ms == 0 || !channel_.Wait(true, patience_ms)) return false;
-  }
+// Sends out_. False: it does not fit now; or the broker has gone, and the channel is closed.
+bool Member::Send(int descriptor) {
+  const int error = channel_.Send(packet_.data(), wire::Encode(out_, packet_.data()), descriptor);
+  if (error && error != -EAGAIN) channel_.Close();
+  return error == 0;
 }
 
-// The next packet, decoded into in_. What is received but not sound ends the membership: -EPROTO.
+// Asks what out_ says; its number is given here. kGranted: asked, and Hear tells the answer. kLater: not asked.
+Member::Answer Member::AskFor(Kind answer, int descriptor) {
+  number_ = number_ == ~std::uint32_t{0} ? 1 : number_ + 1;
+  out_.header.number = number_;
+  if (!Send(descriptor)) return channel_.open() ? Answer::kLater : Answer::kGone;
+  awaited_ = answer;
+  asked_at_ = os::MonotonicMs();
+  return Answer::kGranted;
+}
+
+// The next packet, decoded into in_. What is received but not sound is -EPROTO.
 std::ptrdiff_t Member::ReceiveNext(int* descriptors, std::size_t capacity, std::size_t* count) {
   const std::ptrdiff_t bytes = channel_.Receive(packet_.data(), packet_.size(), descriptors, capacity, count);
   if (bytes == -EAGAIN) return bytes;
@@ -143,28 +169,41 @@ std::ptrdiff_t Member::ReceiveNext(int* descriptors, std::size_t capacity, std::
 // What is in in_ came by itself. False: nothing that does.
 bool Member::NoteWanted() {
   if (in_.header.kind != Kind::kWanted) return false;
+  if (in_.header.count == 0) lost_ = true;
   for (std::size_t i = 0; i < in_.header.count; ++i) {
     if (wanted_.size() >= kMostWanted || !wanted_.push_back(in_.words[i])) lost_ = true;
   }
   return true;
 }
 
-// Waits for the answer to the last question, into in_. False: it did not come, or another one did.
-bool Member::Ask(Kind answer, int patience_ms, int* descriptors, std::size_t capacity, std::size_t* count) {
-  for (;;) {
+// Reads until the answer that is awaited has come, into in_, or the time is over, or the socket has been read for long enough.
+Member::Answer Member::Hear(int wait_ms, int* descriptors, std::size_t capacity, std::size_t* count) {
+  const std::uint64_t end = os::MonotonicMs() + static_cast<std::uint64_t>(wait_ms);
+  for (int packets = 0; packets < kPacketsAServe;) {
     const std::ptrdiff_t got = ReceiveNext(descriptors, capacity, count);
     if (got == -EAGAIN) {
-      if (!channel_.Wait(false, patience_ms)) break;
+      const std::uint64_t now = os::MonotonicMs();
+      if (now >= end || !channel_.Wait(false, static_cast<int>(end - now))) break;
       continue;
     }
-    if (got < 0) break;
-    if (in_.header.kind == answer && in_.header.number == number_) return true;
+    const bool awaited = got >= 0 && in_.header.kind == awaited_ && in_.header.number == number_;
+    if (awaited) {
+      awaited_ = kNothing;
+      return Answer::kGranted;
+    }
     for (std::size_t i = 0; i < *count; ++i) os::CloseDescriptor(descriptors[i]);
     *count = 0;
-    if (!NoteWanted()) break;
+    if (got >= 0 && NoteWanted()) {
+      ++packets;
+      continue;
+    }
+    channel_.Close();
+    return Answer::kGone;
   }
+  const bool too_late = awaited_ != kNothing && os::MonotonicMs() > asked_at_ + kPatienceMs;
+  if (!too_late) return Answer::kLater;
   channel_.Close();
-  return false;
+  return Answer::kGone;
 }
 
 void Member::Keep(Words* words, std::uint32_t word) {
@@ -172,72 +211,123 @@ void Member::Keep(Words* words, std::uint32_t word) {
   if (channel_.open()) words->push_back(word);
 }
 
-void Member::Offer(std::uint32_t hash) {
+void Member::Offer(std::uint64_t hash) {
   if (!channel_.open()) return;
   if (offers_.size() >= kMostOffers || !offers_.push_back(hash)) lost_ = true;
 }
 
-bool Member::FlushWords(Kind kind, Words* words, int patience_ms) {
+namespace {
+template <typename T>
+void ForgetFirst(base::OwnVector<T>* words, std::size_t count) {
+  if (count == 0) return;
+  std::copy(words->begin() + count, words->end(), words->begin());
+  for (std::size_t i = 0; i < count; ++i) words->pop_back();
+}
+}  // namespace
+
+bool Member::SendWords(Kind kind, Words* words) {
   std::size_t sent = 0;
   while (sent < words->size()) {
     const std::size_t n = std::min(words->size() - sent, wire::kMaxEntries);
     out_.header = {0, kind, static_cast<std::uint16_t>(n), 0, 0};
     std::copy_n(words->begin() + sent, n, out_.words.begin());
-    if (!SendQuestion(-1, patience_ms)) break;
+    if (!Send()) break;
     sent += n;
   }
-  const bool all = sent == words->size();
-  if (sent) {
-    std::copy(words->begin() + sent, words->end(), words->begin());
-    for (std::size_t i = 0; i < sent; ++i) words->pop_back();
+  ForgetFirst(words, sent);
+  return words->empty();
+}
+
+bool Member::SendOffers() {
+  std::size_t sent = 0;
+  while (sent < offers_.size()) {
+    const std::size_t n = std::min(offers_.size() - sent, wire::kMaxOffers);
+    out_.header = {0, Kind::kOffer, static_cast<std::uint16_t>(n), 0, 0};
+    std::copy_n(offers_.begin() + sent, n, out_.offers.begin());
+    if (!Send()) break;
+    sent += n;
   }
-  return all;
+  ForgetFirst(&offers_, sent);
+  return offers_.empty();
 }
 
-// In this order: a frame that is granted again is not to be released by what was said before.
-bool Member::Flush(int patience_ms) {
-  return FlushWords(Kind::kDrop, &drops_, patience_ms) && FlushWords(Kind::kRelease, &releases_, patience_ms) &&
-         FlushWords(Kind::kOffer, &offers_, patience_ms);
-}
+// In this order: a frame that is granted again is not to be released by what was said before. True: all has been sent.
+bool Member::SendGivenUp() { return !Busy() && SendWords(Kind::kDrop, &drops_) && SendWords(Kind::kRelease, &releases_); }
 
-bool Member::Settle(Want* wants, std::size_t count) {
-  const auto fail = [&] {
-    channel_.Close();
-    for (std::size_t i = 0; i < count; ++i) wants[i].theirs = frames::kNoFrame;
-    return false;
-  };
-  if (!channel_.open() || count == 0 || count > wire::kMaxSettle) return fail();
+Member::Answer Member::Settle(Want* wants, std::size_t count) {
+  if (!channel_.open() || count == 0 || count > wire::kMaxSettle) return Answer::kGone;
+  if (Busy()) return Answer::kLater;
+  for (std::size_t i = 0; i < count; ++i) asked_[i] = wants[i], wants[i].theirs = frames::kNoFrame;
   static_assert(int{SettleEntry::kPublish} == int{Want::kPublish} && int{SettleEntry::kReplica} == int{Want::kReplica} &&
                 int{SettleEntry::kAcquire} == int{Want::kAcquire});
-  if (!Flush(kPatienceMs)) return fail();
-  out_.header = {0, Kind::kSettle, static_cast<std::uint16_t>(count), ++number_, 0};
+  if (!SendGivenUp()) return channel_.open() ? Answer::kLater : Answer::kGone;
+  out_.header = {0, Kind::kSettle, static_cast<std::uint16_t>(count), 0, 0};
   for (std::size_t i = 0; i < count; ++i) {
-    out_.settle[i] = {wants[i].kind, wants[i].hash, wants[i].kind == Want::kAcquire ? wants[i].theirs : wants[i].place, 0};
+    out_.settle[i] = {asked_[i].kind, asked_[i].hash, asked_[i].kind == Want::kAcquire ? asked_[i].theirs : asked_[i].place, 0};
   }
+  asked_count_ = count;
+  const Answer asked = AskFor(Kind::kSettled, -1);
+  if (asked != Answer::kGranted) return asked;
   std::size_t none = 0;
-  if (!SendQuestion(-1, kPatienceMs) || !Ask(Kind::kSettled, kPatienceMs, nullptr, 0, &none) || in_.header.count != count) return fail();
-  for (std::size_t i = 0; i < count; ++i) {
-    const bool odd = wants[i].kind == Want::kAcquire && in_.words[i] != wire::kNoFrame && in_.words[i] != wants[i].theirs;
-    if (odd) return fail();
+  const Answer heard = Hear(kWaitMs, nullptr, 0, &none);
+  if (heard != Answer::kGranted) return heard;
+  if (!TakeSettled()) return Answer::kGone;
+  for (std::size_t i = 0; i < count; ++i) wants[i].theirs = asked_[i].theirs;
+  return Answer::kGranted;
+}
+
+// in_ is the answer to what was asked: asked_ says what has been granted. False: it is not as a broker's is.
+bool Member::TakeSettled() {
+  bool sound = in_.header.count == asked_count_;
+  for (std::size_t i = 0; i < asked_count_ && sound; ++i) {
+    sound = asked_[i].kind != Want::kAcquire || in_.words[i] == wire::kNoFrame || in_.words[i] == asked_[i].theirs;
+    asked_[i].theirs = in_.words[i];
   }
-  for (std::size_t i = 0; i < count; ++i) wants[i].theirs = in_.words[i];
-  return true;
+  if (!sound) channel_.Close();
+  return sound;
+}
+
+bool Member::IsGivenUp(frames::Frame theirs) const {
+  return std::find(drops_.begin(), drops_.end(), theirs) != drops_.end() || std::find(releases_.begin(), releases_.end(), theirs) != releases_.end();
 }
 
 int Member::OpenFile(std::size_t number, os::File* out) {
   if (!channel_.open() || number >= wire::kMaxFiles) return -EINVAL;
-  out_.header = {0, Kind::kFile, 1, ++number_, 0};
+  const int late = std::exchange(late_file_, -1);
+  if (late >= 0 && asked_file_ == number) return TakeFile(late, 1, out);
+  if (late >= 0) os::CloseDescriptor(late);
+  if (Busy()) return -EAGAIN;
+  out_.header = {0, Kind::kFile, 1, 0, 0};
   out_.words[0] = static_cast<std::uint32_t>(number);
+  asked_file_ = number;
   int fd = -1;
   std::size_t count = 0;
-  if (!SendQuestion(-1, kPatienceMs) || !Ask(Kind::kFileIs, kPatienceMs, &fd, 1, &count)) {
-    channel_.Close();
-    return -EPIPE;
-  }
-  int error = count == 1 && in_.words[0] == number ? os::CheckFramesFile(fd, wire::kFramesPerFile * page_bytes_, out) : -EPROTO;
+  Answer answer = AskFor(Kind::kFileIs, -1);
+  if (answer == Answer::kGranted) answer = Hear(kWaitMs, &fd, 1, &count);
+  if (answer == Answer::kGranted) return TakeFile(fd, count, out);
+  return answer == Answer::kLater ? -EAGAIN : -EPIPE;
+}
+
+int Member::TakeFile(int fd, std::size_t count, os::File* out) {
+  const int error = count == 1 ? os::CheckFramesFile(fd, wire::kFramesPerFile * page_bytes_, out) : -EPROTO;
   if (error && count) os::CloseDescriptor(fd);
   if (error) channel_.Close();
   return error;
+}
+
+// The answer to what was asked some time ago. Of what it grants some may be what we have had all the time, and given up since:
+// that has not been sent, and is to be as it was.
+bool Member::TakeLate(int fd, std::size_t count, const News& news) {
+  if (in_.header.kind == Kind::kFileIs) {
+    late_file_ = count == 1 ? fd : -1;
+    return true;
+  }
+  if (!TakeSettled()) return false;
+  for (std::size_t i = 0; i < asked_count_; ++i) {
+    // The call may ask for a file, but for no frames: asked_ stays.
+    if (asked_[i].theirs != wire::kNoFrame && !IsGivenUp(asked_[i].theirs)) news.granted(news.cookie, asked_[i].hash, asked_[i].theirs);
+  }
+  return channel_.open();
 }
 
 bool Member::Serve(const News& news) {
@@ -247,19 +337,20 @@ bool Member::Serve(const News& news) {
     lost_ = false;
     news.missed(news.cookie);
   }
-  for (int i = 0; i < kPacketsAServe; ++i) {
-    std::size_t none = 0;
-    const std::ptrdiff_t got = ReceiveNext(nullptr, 0, &none);
-    if (got == -EAGAIN) break;
-    if (got < 0 || !NoteWanted()) {
-      channel_.Close();
-      return false;
-    }
-  }
+  int fd = -1;
+  std::size_t count = 0;
+  const Answer heard = Hear(0, &fd, 1, &count);
+  if (heard == Answer::kGone || (heard == Answer::kGranted && !TakeLate(fd, count, news))) return false;
   for (std::uint32_t hash : wanted_) news.wanted(news.cookie, hash);
   wanted_.clear();
-  Flush(0);
-  return true;
+  SendGivenUp();
+  SendOffers();
+  if (report_is_new_) {
+    out_.header = {0, Kind::kReport, 1, 0, 0};
+    out_.report = {report_.advised, report_.merged, report_.frames, report_.zero, report_.still, report_.changing, report_.breaks, report_.cpu_ns};
+    report_is_new_ = !Send();
+  }
+  return channel_.open();
 }
 
 }  // namespace ksmu::broker

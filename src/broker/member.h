@@ -1,9 +1,11 @@
 // This process as a member of a domain: the broker's frames, by messages, for the engine (frames/source.h).
 //
-// All of it is the scanner's, and lives in the library's own memory and descriptor table. Nothing is waited for but the answer to
-// a question, kPatienceMs at the most; after that, or after anything that a broker does not say, the member has left for good:
-// it grants nothing, and what it has got stays mapped. It has to be kept for as long as frames of it are in use: the broker
-// knows by its canary (a page that is shared with the broker, and with every child that is forked) that they may be.
+// All of it is the scanner's, and lives in the library's own memory and descriptor table. An answer is waited for a moment,
+// kWaitMs; if it comes later it is heard by Serve, and nothing else is asked for until then: the pages in the ring are the
+// broker's to read, and frames are neither dropped nor released, lest what it says of one is about another time than we think.
+// After kPatienceMs, or after anything that a broker does not say, the member has left for good: it grants nothing, and what it
+// has got stays mapped. It has to be kept for as long as frames of it are in use: the broker knows by its canary (a page that is
+// shared with the broker, and with every child that is forked) that they may be.
 #pragma once
 
 #include <array>
@@ -21,13 +23,15 @@ namespace ksmu::broker {
 
 class Member final : public frames::Source {
  public:
-  static constexpr int kPatienceMs = 2000, kJoinPatienceMs = 500;
+  static constexpr int kWaitMs = 50, kPatienceMs = 10'000;
   // Users other than root and our own whose brokers are accepted: a number a line, in a file of root's.
   static constexpr const char* kTrustedFile = "/etc/ksmu/brokers";
 
-  // Joins the domain of the broker that listens on the socket. 0, or -errno with a sentence in *why; -ENOENT and -ECONNREFUSED:
-  // there is no broker.
-  static int Join(const char* path, std::size_t page_bytes, Member** out, os::ErrorText* why);
+  // Asks the broker that listens on the socket to be let into its domain. 0, or -errno with a sentence in *why; -ENOENT and
+  // -ECONNREFUSED: there is no broker.
+  static int Begin(const char* path, std::size_t page_bytes, Member** out, os::ErrorText* why);
+  // Whether it has been let in: 0; -EAGAIN: no answer yet; else it is not to be.
+  int Finish(os::ErrorText* why);
   // When none of its frames is in use any more.
   static void Destroy(Member* member);
   // Says goodbye; sends what is kept, if the socket takes it. The canary stays.
@@ -36,26 +40,39 @@ class Member final : public frames::Source {
   std::uint64_t seed() const override { return seed_; }
   std::byte* ring() override { return ring_; }
   std::size_t ring_pages() const override { return wire::kRingPages; }
-  bool Settle(Want* wants, std::size_t count) override;
+  Answer Settle(Want* wants, std::size_t count) override;
+  bool Busy() const override { return awaited_ != kNothing; }
   int OpenFile(std::size_t number, os::File* out) override;
-  void Offer(std::uint32_t hash) override;
+  void Offer(std::uint64_t hash) override;
   void Drop(frames::Frame theirs) override { Keep(&drops_, theirs); }
   void Release(frames::Frame theirs) override { Keep(&releases_, theirs); }
+  void Prefetch(std::uint32_t hash) const override { Reader().Prefetch(hash); }
   void Lookup(std::uint32_t hash, bool (*visit)(void* cookie, frames::Frame theirs), void* cookie) const override;
   bool Serve(const News& news) override;
-  bool Pending() const override { return !drops_.empty() || !releases_.empty() || !offers_.empty(); }
+  bool Pending() const override {
+    return channel_.open() && (Busy() || !drops_.empty() || !releases_.empty() || !offers_.empty() || report_is_new_);
+  }
+  void Tell(const Report& report) override { report_ = report, report_is_new_ = true; }
 
  private:
   using Words = base::OwnVector<std::uint32_t>;
+  static constexpr wire::Kind kNothing{};
   explicit Member(std::size_t page_bytes) : page_bytes_(page_bytes) {}
   int Open(const char* path, os::ErrorText* why);
-  bool Ask(wire::Kind answer, int patience_ms, int* descriptors, std::size_t capacity, std::size_t* count);
-  bool SendQuestion(int descriptor, int patience_ms);
-  bool Flush(int patience_ms);
-  bool FlushWords(wire::Kind kind, Words* words, int patience_ms);
+  int Admitted(int index_fd, int canary_fd, os::ErrorText* why);
+  Answer AskFor(wire::Kind answer, int descriptor);
+  Answer Hear(int wait_ms, int* descriptors, std::size_t capacity, std::size_t* count);
+  bool Send(int descriptor = -1);
+  bool SendGivenUp();
+  bool SendWords(wire::Kind kind, Words* words);
+  bool SendOffers();
   void Keep(Words* words, std::uint32_t word);
   std::ptrdiff_t ReceiveNext(int* descriptors, std::size_t capacity, std::size_t* count);
   bool NoteWanted();
+  bool IsGivenUp(frames::Frame theirs) const;
+  bool TakeSettled();
+  int TakeFile(int fd, std::size_t count, os::File* out);
+  bool TakeLate(int fd, std::size_t count, const News& news);
   bool MapIndex();
   IndexReader Reader() const { return IndexReader(index_, index_mapped_); }
 
@@ -67,10 +84,19 @@ class Member final : public frames::Source {
   std::byte* index_ = nullptr;
   std::size_t index_bytes_ = 0, index_mapped_ = 0;
   std::uint64_t seed_ = 0, log_position_ = 0;
-  std::uint32_t number_ = 0;  // of the last question
-  Words offers_, drops_, releases_;
+  std::uint32_t number_ = 0;         // of the last question
+  wire::Kind awaited_ = kNothing;    // its answer, if that has not come
+  std::uint64_t asked_at_ = 0;       // ms
+  std::array<Want, kMaxWants> asked_;  // the last ones
+  std::size_t asked_count_ = 0;
+  std::size_t asked_file_ = 0;
+  int late_file_ = -1;               // file asked_file_, which came late
+  base::OwnVector<std::uint64_t> offers_;
+  Words drops_, releases_;
   Words wanted_;              // heard while an answer was waited for
   bool lost_ = false;         // offers, or something wanted: all is to be offered again
+  Report report_;
+  bool report_is_new_ = false;
   wire::Message out_, in_;
   alignas(8) std::array<std::byte, wire::kMaxPacket> packet_;
 };

@@ -13,11 +13,9 @@ using wire::Refusal;
 namespace {
 // Of what has left: asked again after this, then after twice that, up to a second.
 constexpr std::uint64_t kFirstDelay = 4'000'000;
+std::uint64_t HashOf(const std::byte* page, std::size_t bytes, std::uint64_t seed) { return content::Hash(page, bytes, seed); }
 constexpr std::size_t kBlocksAtOnce = 2;  // of what a member held that has gone: some milliseconds
 
-std::uint32_t HashOf(const std::byte* page, std::size_t bytes, std::uint64_t seed) {
-  return static_cast<std::uint32_t>(content::Hash(page, bytes, seed) >> 32);
-}
 }  // namespace
 
 Server::Server(Config config, Outbox& outbox) : config_(std::move(config)), outbox_(outbox), packet_(wire::kMaxPacket) {}
@@ -172,6 +170,9 @@ void Server::Join(Connection& conn, std::vector<Fd>& descriptors) {
   const wire::JoinEntry& join = in_.join;
   if (join.version != wire::kVersion) return Refuse(conn, Refusal::kVersion, "another version of the protocol");
   if (join.page_bytes != config_.page_bytes) return Refuse(conn, Refusal::kPageSize, "another page size");
+  if (config_.unknown_user == std::int64_t{conn.who.uid} && listeners_[conn.listener].empty()) {
+    return Refuse(conn, Refusal::kNotAllowed, "its user has no number here, and so no domain of its own");
+  }
   if (descriptors.size() != 1) return Refuse(conn, Refusal::kRing, "a join without a ring, or with more than that");
   if (const char* why = conn.ring.Take(descriptors[0].get(), join.ring_pages, config_.page_bytes)) return Refuse(conn, Refusal::kRing, why);
   descriptors[0].Release();
@@ -251,7 +252,7 @@ const char* Server::Handle(Connection& conn) {
         Server* self;
         Home* home;
       } cookie{this, conn.home};
-      domain.Offer(conn.member, in_.words.data(), count, [](void* c, std::uint16_t member, std::uint32_t hash) {
+      domain.Offer(conn.member, in_.offers.data(), count, [](void* c, std::uint16_t member, std::uint32_t hash) {
         auto& [self, home] = *static_cast<Cookie*>(c);
         if (member < home->connected.size() && home->connected[member]) self->Want(*home->connected[member], hash);
       }, &cookie);
@@ -284,6 +285,7 @@ const char* Server::Settle(Connection& conn) {
 void Server::Want(Connection& conn, std::uint32_t hash) {
   if (conn.wanted.size() >= kMaxWanted) {
     ++conn.home->wanted_lost;
+    conn.wanted_lost = true;
     return;
   }
   if (conn.wanted.empty()) wanting_.push_back(conn.id);
@@ -302,6 +304,10 @@ void Server::SendWanted(Connection& conn) {
       conn.blocked = true;
     }
   }
+  if (!conn.wanted_lost || conn.blocked) return;
+  out_.header = {0, Kind::kWanted, 0, 0, 0};
+  const bool sent = outbox_.Send(conn.id, packet_.data(), wire::Encode(out_, packet_.data()), nullptr, 0);
+  (sent ? conn.wanted_lost : conn.blocked) = !sent;
 }
 
 void Server::Flush() {

@@ -5,8 +5,8 @@
 // it holds is kept until nobody can have it mapped.
 //
 // An answer is never lost: what the socket does not take is kept, and nothing more is read of that connection (MayRead) until it
-// has gone out. What is *wanted* of a member waits for it in a queue with an end; what does not fit is lost, and the page is
-// asked for when it is offered again.
+// has gone out. What is *wanted* of a member waits for it in a queue with an end; of what does not fit it is told that it was
+// lost, and offers all of its pages again.
 #pragma once
 
 #include <cstdint>
@@ -58,6 +58,7 @@ class Server {
     // likes (FUSE, a socket that lingers). None: it is closed at once.
     std::function<void(std::vector<Fd>)> dispose;
     std::size_t most_frames = wire::kFrameLimit;  // of all domains together
+    std::int64_t unknown_user = -1;  // what users look like that cannot be told apart here: no domain is for them alone
   };
   Server(Config config, Outbox& outbox);
   ~Server();
@@ -107,6 +108,7 @@ class Server {
     std::vector<std::byte> kept;  // an answer that it has not taken
     std::vector<int> kept_descriptors;
     std::deque<std::uint32_t> wanted;
+    bool wanted_lost = false;  // some did not fit in: to be said when the others have been sent
     wire::ReportEntry report;
   };
   // Whose connection has ended.

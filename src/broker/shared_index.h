@@ -59,6 +59,13 @@ class IndexReader {
     }
   }
 
+  // Brings what Lookup is about to look at near: it lies anywhere in a table that is larger than any cache.
+  void Prefetch(std::uint32_t hash) const {
+    const std::size_t table = Header().table_bytes.load(std::memory_order_relaxed);
+    if (table < kSmallestTable || table > bytes_ / 2 || (table & (table - 1))) return;
+    __builtin_prefetch(base_ + table + (Home(hash) & (table / sizeof(IndexWord) - 1)) * sizeof(IndexWord));
+  }
+
   std::uint64_t log_head() const { return Header().log_head.load(std::memory_order_acquire); }
   std::size_t table_bytes() const { return Header().table_bytes.load(std::memory_order_acquire); }
 

@@ -18,7 +18,7 @@ constexpr Form kForms[] = {
     {Kind::kJoin, Sender::kMember, true, 1, 1, sizeof(JoinEntry)},
     {Kind::kFile, Sender::kMember, true, 1, 1, kWord},
     {Kind::kSettle, Sender::kMember, true, 1, kMaxSettle, sizeof(SettleEntry)},
-    {Kind::kOffer, Sender::kMember, false, 1, kMaxHashes, kWord},
+    {Kind::kOffer, Sender::kMember, false, 1, kMaxOffers, sizeof(std::uint64_t)},
     {Kind::kDrop, Sender::kMember, false, 1, kMaxFrames, kWord},
     {Kind::kRelease, Sender::kMember, false, 1, kMaxFrames, kWord},
     {Kind::kReport, Sender::kMember, false, 1, 1, sizeof(ReportEntry)},
@@ -26,7 +26,7 @@ constexpr Form kForms[] = {
     {Kind::kRefused, Sender::kBroker, true, 1, 1, kWord},
     {Kind::kFileIs, Sender::kBroker, true, 1, 1, kWord},
     {Kind::kSettled, Sender::kBroker, true, 1, kMaxSettle, kWord},
-    {Kind::kWanted, Sender::kBroker, false, 1, kMaxHashes, kWord},
+    {Kind::kWanted, Sender::kBroker, false, 0, kMaxHashes, kWord},
 };
 
 const Form* FormOf(Kind kind) {
@@ -41,6 +41,7 @@ void* Entries(Message& m) {
     case Kind::kJoined: return &m.joined;
     case Kind::kReport: return &m.report;
     case Kind::kSettle: return m.settle.data();
+    case Kind::kOffer: return m.offers.data();
     default: return m.words.data();
   }
 }
@@ -82,6 +83,7 @@ const char* CheckEntries(const Message& m) {
       return m.joined.reserved != 0 ? "reserved bits of an answer" : power ? nullptr : "a log of an odd length";
     }
     case Kind::kSettle: return CheckSettle(m);
+    case Kind::kOffer:
     case Kind::kReport: return nullptr;  // any numbers
     default: return CheckWords(m);
   }

@@ -14,7 +14,8 @@ namespace ksmu::broker::wire {
 
 inline constexpr std::uint32_t kVersion = 1;
 inline constexpr std::size_t kMaxSettle = 512;    // a segment's pages
-inline constexpr std::size_t kMaxHashes = 4096;
+inline constexpr std::size_t kMaxHashes = 4096;   // that are wanted
+inline constexpr std::size_t kMaxOffers = 2048;
 inline constexpr std::size_t kMaxFrames = 4096;
 inline constexpr std::uint32_t kFramesPerFile = 65536;
 inline constexpr std::uint32_t kFrameLimit = 1u << 28;  // as many as a page word can name
@@ -27,7 +28,7 @@ enum class Kind : std::uint16_t {
   kJoin = 1,  // one JoinEntry; the ring's descriptor with it. Answered by kJoined or kRefused
   kFile,      // one word: a file's number. Answered by kFileIs
   kSettle,    // SettleEntry. Answered by kSettled, an answer for each
-  kOffer,     // words: hashes of pages that this member has once
+  kOffer,     // hashes of pages that this member has once, all 64 bits of each
   kDrop,      // words: frames whose bytes it needs no more; its mappings cover their places still
   kRelease,   // words: frames that nothing of its own can show any more; dropped or not
   kReport,    // one ReportEntry, now and then
@@ -36,7 +37,7 @@ enum class Kind : std::uint16_t {
   kRefused,      // one word: a Refusal
   kFileIs,       // one word: the file's number; its descriptor with it
   kSettled,      // words: a frame, or kNoFrame, for each entry
-  kWanted,       // words: hashes that somebody else has offered, too
+  kWanted,       // words: hashes that somebody else has offered, too, 32 bits of each. None: some were lost, offer all again
 };
 
 enum class Refusal : std::uint32_t { kVersion = 1, kPageSize, kNotAllowed, kRing, kFull, kCount };
@@ -87,6 +88,7 @@ struct ReportEntry {
 inline constexpr std::size_t kMaxEntries = kMaxHashes > kMaxFrames ? kMaxHashes : kMaxFrames;
 inline constexpr std::size_t kMaxPacket = sizeof(Header) + kMaxEntries * sizeof(std::uint32_t);
 static_assert(kMaxPacket >= sizeof(Header) + kMaxSettle * sizeof(SettleEntry));
+static_assert(kMaxPacket >= sizeof(Header) + kMaxOffers * sizeof(std::uint64_t));
 
 // A decoded message. What the kind has no use for is left as it was made.
 struct Message {
@@ -95,6 +97,7 @@ struct Message {
   JoinedEntry joined;
   ReportEntry report;
   std::array<SettleEntry, kMaxSettle> settle;
+  std::array<std::uint64_t, kMaxOffers> offers;
   std::array<std::uint32_t, kMaxEntries> words;  // hashes, frames, a file, a refusal
 };
 

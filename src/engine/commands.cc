@@ -689,6 +689,8 @@ int Engine::Unmap(Span span) {
   return 0;
 }
 
+constexpr std::uint64_t kMergePatienceNs = 1'000'000'000;
+
 std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   const auto done = [&] {
     return counters_.merged_total.load(std::memory_order_relaxed) + counters_.zero_total.load(std::memory_order_relaxed);
@@ -702,6 +704,7 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   std::int64_t detached = -1;
   bool approved = false;
   short_runs_wait_ = false;
+  const std::uint64_t patient_until = system_.NowNanoseconds() + kMergePatienceNs;
   for (int round = 0; round < 3 && (approved || short_runs_wait_ || detached != counters_.detached.load(std::memory_order_relaxed));
        ++round) {
     // Long runs have had their turn.
@@ -711,6 +714,12 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
     // Found anew for each portion: other commands are carried out in between.
     for (Address at = span.start; at < span.end();) {
       if (cancelled(cookie)) return -EINTR;
+      if (pool_.source()) HearNews();
+      // The caller wants it now: a broker that takes its time is waited for.
+      if (SourceIsThere() && pool_.source()->Busy() && system_.NowNanoseconds() < patient_until) {
+        system_.Yield();
+        continue;
+      }
       Region region;
       Address region_end = at;
       if (!NextIn(span, &region_end, &region)) break;

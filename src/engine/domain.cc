@@ -2,6 +2,7 @@
 // alone; nothing that is merged is undone for it.
 
 #include <algorithm>
+#include <tuple>
 
 #include "engine/runtime.h"
 #include "ksmu/ksmu.h"
@@ -11,6 +12,8 @@ namespace ksmu::engine {
 namespace {
 constexpr std::uint64_t kFormersNs = 1'000'000'000;
 constexpr std::int64_t kFirstWait = 1'000'000'000, kLongestWait = 16'000'000'000;
+constexpr std::int64_t kFirstLook = 1'000'000, kLongestLook = 100'000'000;  // for the answer to having asked to be let in
+constexpr std::uint64_t kTellNs = 2'000'000'000;
 }  // namespace
 
 void Runtime::TendDomain() {
@@ -28,15 +31,21 @@ void Runtime::TendDomain() {
       s << "the broker has gone, or does not answer: what it gave stays merged, and merging goes on in this process alone";
       log_.Say(Log::kDomain, KSMU_LOG_WARNING, s, now);
     }
-  } else if (source_ || now < join_at_) {
+  } else if (source_) {
+    if (now >= tell_at_) TellDomain(now);
+    return;
+  } else if (now < join_at_) {
     return;
   }
-  join_wait_ns_ = join_wait_ns_ ? std::min(join_wait_ns_ * 2, kLongestWait) : kFirstWait;
+  if (!JoiningSoon()) join_wait_ns_ = join_wait_ns_ ? std::min(join_wait_ns_ * 2, kLongestWait) : kFirstWait;
   join_at_ = now + static_cast<std::uint64_t>(join_wait_ns_);
   // No place to remember it by, or a filter of system calls since the start, to which connecting might be news.
-  if (formers_.back().source || os::SystemCallFilters() != filters_at_start_) return;
+  if (formers_.back().source || os::SystemCallFilters() != filters_at_start_) return GiveUpJoining();
   const char* why = nullptr;
-  source_ = options_.door->Enter(engine_->page_size(), &why);
+  bool soon = false;
+  source_ = options_.door->Enter(engine_->page_size(), &why, &soon);
+  join_look_ns_ = !soon ? 0 : join_look_ns_ ? std::min(join_look_ns_ * 2, kLongestLook) : kFirstLook;
+  if (soon) join_at_ = now + static_cast<std::uint64_t>(join_look_ns_);
   if (source_) {
     engine_->SetSource(source_);
     pass_sleep_ns_ = 0;
@@ -49,7 +58,34 @@ void Runtime::TendDomain() {
   log_.Say(Log::kDomain, source_ ? KSMU_LOG_INFO : KSMU_LOG_WARNING, s, now);
 }
 
+void Runtime::GiveUpJoining() {
+  if (JoiningSoon()) options_.door->GiveUp();
+  join_look_ns_ = 0;
+}
+
+// What this process has of the domain, for whoever asks the broker. Not said again where nothing has changed.
+void Runtime::TellDomain(std::uint64_t now) {
+  tell_at_ = now + kTellNs;
+  const CounterValues c = engine_->counters().Read();
+  const auto pages = [&](PageState state) { return static_cast<std::uint64_t>(std::max<std::int64_t>(c.in(state), 0)); };
+  frames::Source::Report report;
+  report.merged = pages(PageState::kMerged);
+  report.zero = pages(PageState::kZero);
+  report.still = pages(PageState::kStill);
+  report.changing = pages(PageState::kFresh) + pages(PageState::kBroken);
+  report.advised = report.merged + report.zero + report.still + report.changing + pages(PageState::kUnmerged);
+  report.frames = engine_->pages_shared();
+  report.breaks = static_cast<std::uint64_t>(c.cow_breaks);
+  const auto told = std::make_tuple(report.advised, report.merged, report.zero, report.still, report.breaks);
+  if (told == told_domain_) return;
+  told_domain_ = told;
+  report.cpu_ns = system_->ThreadCpuNanoseconds();
+  source_->Tell(report);
+}
+
 void Runtime::LeaveDomain() {
+  GiveUpJoining();
+  told_domain_ = {};
   if (!source_) return;
   options_.door->Leave(source_);
   for (Former& former : formers_) {

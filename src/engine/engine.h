@@ -232,6 +232,7 @@ class Engine {
   frames::Frame Publish(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
   void Unsettle(Address page);
   void Leave(Address page, Reason reason);
+  void LeaveUnpublished(Address page);
   void MergePlanned(Planned* plan, std::size_t count);
   static void ForgetFrame(void* self, frames::Frame frame);
   static bool HashOfEntry(void* self, const frames::Index::Entry& entry, std::uint32_t* hash);

@@ -105,18 +105,17 @@ bool Engine::SampleSegment(Segment* segment) {
         ++now.zeros;
         continue;
       }
-      const std::uint32_t hash = HashOf(bytes + i * page_);
+      const std::uint64_t whole_hash = content::Hash(bytes + i * page_, page_, seed_);
+      const auto hash = static_cast<std::uint32_t>(whole_hash >> 32);
       if (!frames::SampleTable::Sampled(hash) || now.count == now.hashes.size()) continue;
       now.hashes[now.count++] = hash;
+      // Whoever has it too is told so, and tells us: the table then holds it for another place.
+      if (pool_.source()) pool_.source()->Offer(whole_hash);
     }
   }
   Add(counters_.pages_scanned, static_cast<std::int64_t>(read));
   std::sort(now.hashes.begin(), now.hashes.begin() + now.count);
-  for (std::size_t i = 0; i < now.count; ++i) {
-    sample_table_.Insert(now.hashes[i], PlaceOf(*segment));
-    // Whoever has it too is told so, and tells us: the table then holds it for another place.
-    if (pool_.source()) pool_.source()->Offer(now.hashes[i]);
-  }
+  for (std::size_t i = 0; i < now.count; ++i) sample_table_.Insert(now.hashes[i], PlaceOf(*segment));
   Sample& sample = *segment->sample;
   // What was there the last time, too, is still.
   now.still_zeros = std::min(now.zeros, sample.zeros);

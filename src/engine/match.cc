@@ -186,7 +186,7 @@ void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes,
   });
   if (frame == kNoFrame && !twin && wanted) {
     frame = Publish(hash, bytes, full);
-    if (frame == kNoFrame) return Leave(page, Reason::kPool);
+    if (frame == kNoFrame) return LeaveUnpublished(page);
   }
   if (twin) {
     if (Segment* segment = table_.FindSegment(twin); segment->huge == Segment::kLetGo) {
@@ -195,8 +195,8 @@ void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes,
     Set(twin, table_.Load(twin).WithIndexed(false));
     frame = Publish(hash, bytes, full);
     if (frame == kNoFrame) {
-      Leave(twin, Reason::kPool);
-      Leave(page, Reason::kPool);
+      LeaveUnpublished(twin);
+      LeaveUnpublished(page);
       return;
     }
     pool_.Pin(frame);
@@ -210,7 +210,8 @@ void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes,
   const Page old = table_.Load(page);
   const bool indexed = index_.Insert(hash, {false, kNoFrame, page / page_});
   Set(page, Page().WithState(PageState::kStill).WithValue(hash).WithIndexed(indexed).WithStamp(old.stamp()));
-  if (frames::Source* const source = pool_.source(); source && indexed) source->Offer(hash);
+  // All of the hash, of which half has been kept: made once more, from bytes that are in the cache.
+  if (frames::Source* const source = pool_.source(); source && indexed) source->Offer(content::Hash(bytes, page_, seed_));
 }
 
 // A frame of this content. It may be planned with from now on, and mapped once it is no provision any more (share.cc).

@@ -549,14 +549,20 @@ void Runtime::ScannerLoop() {
       if (now >= next_scan_at_) {
         Scan();
       } else if (source_ == nullptr) {
-        Sleep(static_cast<std::int64_t>(next_scan_at_ - now));
+        const auto pass = static_cast<std::int64_t>(next_scan_at_ - now);
+        Sleep(JoiningSoon() ? std::min(pass, join_look_ns_) : pass);
       } else if (Sleep(std::min(static_cast<std::int64_t>(next_scan_at_ - now), kNewsSleep)); engine_->HearNews()) {
         next_scan_at_ = std::min(next_scan_at_, std::max(now, rest_until_));
       }
       continue;
     }
     const bool again = engine_->Housekeeping();
-    Sleep(again ? kMillisecond : engine_->HasNewsToTell() ? kNewsSleep : engine_->HasRegions() || engine_->HasForeign() || engine_->ReclaimDue() || formers_[0].source ? kLongestPassSleep : -1);
+    const bool now_and_then = engine_->HasRegions() || engine_->HasForeign() || engine_->ReclaimDue() || formers_[0].source;
+    Sleep(again                        ? kMillisecond
+          : JoiningSoon()              ? join_look_ns_
+          : engine_->HasNewsToTell()   ? kNewsSleep
+          : now_and_then               ? kLongestPassSleep
+                                       : -1);
   }
 }
 

@@ -13,6 +13,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <tuple>
 
 #include "engine/engine.h"
 #include "engine/log.h"
@@ -37,7 +38,8 @@ struct Settings : Tunables {
 // What an engine leaves behind for those after it, in this process or in a forked child; kept where a child finds it.
 struct Inheritance {
   Presence presence;
-  static constexpr std::size_t kMaxRegions = 4096, kMaxFiles = 1024;
+  static constexpr std::size_t kMaxRegions = 4096;
+  static constexpr std::size_t kMaxFiles = 8192;  // as many as a pool can have, twice
   struct Entry {
     Address start, end;
     bool promise, sync_break, owned;
@@ -150,6 +152,9 @@ class Runtime {
   // domain.cc
   void TendDomain();
   void LeaveDomain();
+  bool JoiningSoon() const { return join_look_ns_ != 0; }
+  void GiveUpJoining();
+  void TellDomain(std::uint64_t now);
   void ForgetFormers();
   // report.cc
   void ReportStart();
@@ -189,7 +194,9 @@ class Runtime {
   frames::Source* source_ = nullptr;
   std::array<Former, 8> formers_{};
   std::uint64_t join_at_ = 0, formers_at_ = 0;
-  std::int64_t join_wait_ns_ = 0;
+  std::int64_t join_wait_ns_ = 0, join_look_ns_ = 0;
+  std::uint64_t tell_at_ = 0;
+  std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t> told_domain_{};
   int filters_at_start_ = 0;
 
   // Messages, and what has been said already. Scanner.

@@ -28,7 +28,8 @@ namespace {
 constexpr std::size_t kMostOfAHash = 4;        // frames of one hash that are acquired to be compared
 constexpr std::size_t kNewsAStep = 2048;       // pages
 constexpr std::size_t kMostNews = 64 * 1024;   // what comes later waits in the socket
-constexpr std::size_t kLookUpsAStep = 16 * 1024;
+constexpr std::size_t kLookUpsAStep = 4096;
+constexpr std::size_t kLookUpSegments = 1024;
 constexpr std::size_t kStraysAStep = 512;      // pages
 constexpr std::size_t kStraySegments = 64;     // looked at in a step
 constexpr std::uint32_t kElsewhere = (1u << 31) - 1;  // as a place in the table of samples: no segment of this process
@@ -72,11 +73,23 @@ void Engine::SetSource(Source* source) {
   }, this);
 }
 
-// Asks for all of them, in as many messages as it takes. False: the source has gone, and nothing was granted.
+// Asks for all of them. False: nothing has been granted: not yet, or not any more (source_gone_).
 bool Engine::Ask(Source::Want* wants, std::size_t count) {
-  if (!source_gone_ && pool_.source()->Settle(wants, count)) return true;
-  source_gone_ = true;
-  return false;
+  if (source_gone_) return false;
+  const Source::Answer answer = pool_.source()->Settle(wants, count);
+  pool_.AnswerBegins();
+  source_gone_ = answer == Source::Answer::kGone;
+  return answer == Source::Answer::kGranted;
+}
+
+// A page that was to be merged, and for which there is no frame. Where the broker only takes its time it is looked at again as
+// soon as there is an answer; what a broker refuses is left alone for a while: a frame of our own would have to go back again.
+void Engine::LeaveUnpublished(Address a) {
+  if (!pool_.source() || source_gone_ || !pool_.source()->Busy()) return Leave(a, Reason::kPool);
+  const Page page = table_.Load(a);
+  if (page.covers()) return;
+  Set(a, Page().WithState(PageState::kFresh).WithStamp(page.stamp()));
+  Unsettle(a);
 }
 
 // The first of the frames in the index that hold what this one holds.
@@ -105,6 +118,8 @@ void Engine::AcquireKnown(const std::uint32_t* hashes, std::size_t count, const 
     std::uint32_t hash;
     std::size_t of_this_hash, count;
   } found{this, 0, 0, 0};
+  if (source_gone_ || pool_.source()->Busy()) return;
+  for (std::size_t i = 0; i < count; ++i) pool_.source()->Prefetch(hashes[i]);
   for (std::size_t i = 0; i < count && found.count + kMostOfAHash <= Source::kMaxWants; ++i) {
     if (leave[i]) continue;
     bool known = false;
@@ -156,7 +171,6 @@ void Engine::SettleProvisions() {
   for (std::size_t i = 0; i < count; ++i) {
     const std::byte* const bytes = pool_.Bytes(Pool::ProvisionAt(i));
     Frame frame = there && wants_[i].theirs != kNoFrame ? TakeGranted(wants_[i].hash, wants_[i].theirs) : kNoFrame;
-    // What a broker refuses is left alone for a while (Reason::kPool): a frame of our own would have to go back again.
     if (frame == kNoFrame && source_gone_) {
       frame = WriteFrame(bytes);
       if (frame != kNoFrame) Enter(frame, wants_[i].hash, HeadOf(wants_[i].hash, frame));
@@ -176,7 +190,7 @@ void Engine::ReplaceProvisions(Planned* plan, std::size_t* count) {
     if (Pool::IsProvision(planned.frame)) {
       planned.frame = settled_[Pool::RingPlace(planned.frame)];
       if (planned.frame == kNoFrame) {
-        Leave(planned.page, Reason::kPool);
+        LeaveUnpublished(planned.page);
         continue;
       }
       pool_.Pin(planned.frame);
@@ -202,6 +216,8 @@ bool Engine::HearNews() {
     news.cookie = this;
     news.wanted = [](void* self, std::uint32_t hash) { static_cast<Engine*>(self)->NoteNews(hash, true); };
     news.published = [](void* self, std::uint32_t hash, Frame) { static_cast<Engine*>(self)->NoteNews(hash, false); };
+    pool_.AnswerBegins();
+    news.granted = [](void* self, std::uint32_t hash, Frame theirs) { static_cast<Engine*>(self)->TakeGranted(hash, theirs); };
     news.missed = [](void* self) {
       auto& engine = *static_cast<Engine*>(self);
       engine.looking_up_ = true;
@@ -230,9 +246,21 @@ void Engine::NoteNews(std::uint32_t hash, bool wanted) {
 
 // Offers candidates that were there before the source was, and looks for those of whose frames nobody has told us.
 void Engine::LookUpKnown() {
-  std::size_t looked = 0;
+  std::array<Address, kReadPages> unknown;
+  std::size_t count = 0, looked = 0, segments = 0;
+  const auto offer = [&] {
+    if (count == 0) return;
+    std::byte* const bytes = ReadBuffer(count);
+    Add(counters_.pages_scanned, static_cast<std::int64_t>(ReadPages(unknown.data(), count, bytes)));
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::uint64_t hash = content::Hash(bytes + i * page_, page_, seed_);
+      const bool same = !(unread_[i / 64] >> i % 64 & 1) && hash >> 32 == table_.Load(unknown[i]).value();
+      if (same) pool_.source()->Offer(hash);
+    }
+    count = 0;
+  };
   Segment* segment = table_.NextSegment(looked_up_to_);
-  for (; segment && looked < kLookUpsAStep && news_.size() < kMostNews; segment = table_.NextSegment(looked_up_to_)) {
+  for (; segment && looked < kLookUpsAStep && segments < kLookUpSegments && news_.size() < kMostNews; ++segments) {
     for (std::size_t i = 0; i < table_.pages_per_segment(); ++i) {
       Words* const word = table_.Word(segment, i);
       if (!word) continue;
@@ -245,10 +273,13 @@ void Engine::LookUpKnown() {
         return false;
       }, &found);
       if (found) news_.push_back({segment->start + i * page_, page.value(), false});
-      else pool_.source()->Offer(page.value());
+      else unknown[count++] = segment->start + i * page_;
+      if (count == kReadPages) offer();
     }
     looked_up_to_ = segment->start + kSegmentBytes;
+    segment = table_.NextSegment(looked_up_to_);
   }
+  offer();
   if (!segment) looking_up_ = false;
 }
 

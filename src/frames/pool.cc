@@ -306,7 +306,7 @@ void Pool::SetSource(Source* source) {
 Frame Pool::Granted(Frame theirs, bool* known) {
   const std::size_t number = theirs / kFramesPerFile;
   *known = false;
-  if (number < kMaxFiles && slots_[number] == 0) {
+  if (number < kMaxFiles && slots_[number] == 0 && !IsRefused(number)) {
     const std::size_t slot = FreeSlot();
     os::File file;
     if (slot != kMaxFiles && source_->OpenFile(number, &file) == 0) {
@@ -319,7 +319,9 @@ Frame Pool::Granted(Frame theirs, bool* known) {
     }
   }
   if (number >= kMaxFiles || slots_[number] == 0) {
-    source_->Release(theirs);
+    const bool again = std::find(refused_.begin(), refused_.end(), theirs) != refused_.end();
+    // Without memory to remember it by it stays held, for as long as this process is a member.
+    if (!again && refused_.push_back(theirs)) source_->Release(theirs);
     return kNoFrame;
   }
   const auto f = static_cast<Frame>((slots_[number] - 1u) * kFramesPerFile + theirs % kFramesPerFile);
@@ -340,8 +342,13 @@ Frame Pool::Granted(Frame theirs, bool* known) {
   return f;
 }
 
+// Asked for once in an answer: it has been refused for all of its frames.
+bool Pool::IsRefused(std::size_t number) const {
+  return std::any_of(refused_.begin(), refused_.end(), [&](Frame theirs) { return theirs / kFramesPerFile == number; });
+}
+
 Frame Pool::Provision() {
-  if (!ring_ || ring_->bump == ring_->frames) return kNoFrame;
+  if (!ring_ || ring_->bump == ring_->frames || source_->Busy()) return kNoFrame;
   const Frame f = ProvisionAt(ring_->bump++);
   Begin(Meta(f));
   return f;

@@ -49,8 +49,9 @@ class Pool {
   void SetSource(Source* source);
   Source* source() const { return source_; }
   // Ours for a frame that the source has granted, and whether it was held before. kNoFrame: its file cannot be had; it has
-  // been released.
+  // been released, once, however often the same answer grants it.
   Frame Granted(Frame theirs, bool* known);
+  void AnswerBegins() { refused_.clear(); }
   // A place in the source's ring, for contents that are about to be published: a frame that is good for planning, not for
   // mapping. kNoFrame: there is no place. They are forgotten all at once, when they have been settled.
   Frame Provision();
@@ -167,6 +168,7 @@ class Pool {
   bool AddFile();
   bool Recycle();
   Frame Take(Frame f);
+  bool IsRefused(std::size_t number) const;
   void Begin(FrameMeta& meta);
   int Punch(PoolFile& file, std::size_t first, std::size_t count);
 
@@ -180,6 +182,7 @@ class Pool {
   Source* source_ = nullptr;
   std::uint32_t owner_ = 0, sources_ = 0;         // the number of source_, 0 without; how many there have been
   std::array<std::uint16_t, kMaxFiles> slots_{};  // of the source's files, by their numbers there: 0 none, else slot + 1
+  base::OwnVector<Frame> refused_;  // of the source's frames, while one answer is in hand: released, since we cannot map them
   PoolFile* ring_ = nullptr;
   base::OwnSlab<PoolFile> file_slab_;
   std::size_t recycled_ = 0;   // free places below the bumps

@@ -4,8 +4,9 @@
 // Its frames have numbers of their own; the pool translates. A frame that is granted is held, bytes and place, until Drop and
 // Release: the rules of pool.h decide when. What is said of contents is a hint: every byte is proved by the engine itself.
 //
-// All calls but Lookup come from the scanner, with no gate shut: an answer may take its time. Once a call has said that it is
-// gone (-errno, false), nothing is granted any more; what was granted stays mapped and unchanged.
+// All calls but Lookup come from the scanner, with no gate shut. An answer that takes its time is not waited for: it comes with
+// the news. Once a call has said that the source is gone, nothing is granted any more; what was granted stays mapped and
+// unchanged.
 #pragma once
 
 #include <cstddef>
@@ -42,17 +43,24 @@ class Source {
   virtual std::byte* ring() = 0;
   virtual std::size_t ring_pages() const = 0;
 
-  // Asks for all of them (at most kMaxWants) and waits for the answers, for a limited time. False: it is gone.
-  virtual bool Settle(Want* wants, std::size_t count) = 0;
-  // File `number` of the source's, to be closed by the caller, sealed against changes of its length. 0 or -errno.
+  enum class Answer { kGranted, kLater, kGone };
+  // Asks for all of them (at most kMaxWants) and waits a moment for the answers. kLater: nothing is granted now; if it has been
+  // asked for (Busy), then as news, and the ring is left alone until then.
+  virtual Answer Settle(Want* wants, std::size_t count) = 0;
+  // An answer is awaited: nothing can be asked for.
+  virtual bool Busy() const = 0;
+  // File `number` of the source's, to be closed by the caller, sealed against changes of its length. 0 or -errno; -EAGAIN: not
+  // yet.
   virtual int OpenFile(std::size_t number, os::File* out) = 0;
-  // This member has a page of this hash, once. Kept and sent with others.
-  virtual void Offer(std::uint32_t hash) = 0;
+  // This member has a page of this hash, once: all 64 bits of it, so that nobody can guess it who has no such page. Kept and
+  // sent with others.
+  virtual void Offer(std::uint64_t hash) = 0;
   // The bytes are needed no more; the place is covered no more. Kept and sent with others, before anything is asked for.
   virtual void Drop(Frame theirs) = 0;
   virtual void Release(Frame theirs) = 0;
 
   // Calls `visit(cookie, theirs)` for what the index says of the hash, until it answers false. No call, no message.
+  virtual void Prefetch(std::uint32_t hash) const = 0;  // for a look-up that is about to come
   virtual void Lookup(std::uint32_t hash, bool (*visit)(void* cookie, Frame theirs), void* cookie) const = 0;
 
   // Sends what has been kept, and reads what has come, without waiting. False: it is gone.
@@ -60,18 +68,29 @@ class Source {
     void* cookie = nullptr;
     void (*wanted)(void* cookie, std::uint32_t hash) = nullptr;                    // somebody else has such a page
     void (*published)(void* cookie, std::uint32_t hash, Frame theirs) = nullptr;  // there is such a frame
+    void (*granted)(void* cookie, std::uint32_t hash, Frame theirs) = nullptr;    // what was asked for: held from now on
     void (*missed)(void* cookie) = nullptr;  // more was published than is known: look everything up
   };
   virtual bool Serve(const News& news) = 0;
-  // Something that was kept has not been sent yet.
+  // Something that was kept has not been sent yet, or an answer has not come.
   virtual bool Pending() const = 0;
+
+  // What this process has of it, for whoever looks at the domain. Pages, but for the last.
+  struct Report {
+    std::uint64_t advised = 0, merged = 0, frames = 0, zero = 0, still = 0, changing = 0, breaks = 0;
+    std::uint64_t cpu_ns = 0;
+  };
+  virtual void Tell(const Report& report) = 0;
 };
 
 // Where a source is to be had. On the scanner.
 class Door {
  public:
-  // Null where there is none, with the reason, if it is one that a user should hear of, in `why`.
-  virtual Source* Enter(std::size_t page_bytes, const char** why) = 0;
+  // Null where there is none, with the reason, if it is one that a user should hear of, in `why`; or with *soon: it has been
+  // asked to let us in, and Enter is to be called again in some milliseconds to hear whether it does.
+  virtual Source* Enter(std::size_t page_bytes, const char** why, bool* soon) = 0;
+  // Enter will not be called for a while.
+  virtual void GiveUp() = 0;
   // No question any more; what is kept is sent, if that needs no waiting. Its frames may be in use still.
   virtual void Leave(Source* source) = 0;
   // None of them is. The source is gone afterwards.

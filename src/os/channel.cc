@@ -6,7 +6,6 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
-#include <charconv>
 #include <cstring>
 #include <ctime>
 
@@ -99,6 +98,12 @@ bool Channel::Wait(bool to_send, int timeout_ms) {
   return raw::Repeat([&] { return poll(&entry, 1, timeout_ms); }) > 0;
 }
 
+std::uint64_t MonotonicMs() {
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<std::uint64_t>(now.tv_sec) * 1000 + static_cast<std::uint64_t>(now.tv_nsec) / 1'000'000;
+}
+
 void CloseDescriptor(int fd) { close(fd); }
 
 int CreateRing(std::size_t bytes, int* fd, std::byte** out) {
@@ -155,29 +160,6 @@ int CheckFramesFile(int fd, std::size_t bytes, File* out) {
   out->device = status.st_dev;
   out->inode = status.st_ino;
   return 0;
-}
-
-std::uint32_t ThisUser() { return geteuid(); }
-
-bool IsUserListed(const char* path, std::uint32_t uid) {
-  const int fd = static_cast<int>(raw::Repeat([&] { return open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK); }));
-  if (fd < 0) return false;
-  struct stat status {};
-  bool listed = false;
-  char text[4096];
-  if (fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && status.st_uid == 0 && !(status.st_mode & (S_IWGRP | S_IWOTH))) {
-    const auto n = raw::Repeat([&] { return read(fd, text, sizeof text); });
-    const char* const end = text + (n > 0 ? n : 0);
-    for (const char* at = text; at < end && !listed;) {
-      std::uint32_t number;
-      const auto parsed = std::from_chars(at, end, number);
-      listed = parsed.ec == std::errc() && (parsed.ptr == end || *parsed.ptr == '\n') && number == uid;
-      const void* next = std::memchr(at, '\n', static_cast<std::size_t>(end - at));
-      at = next ? static_cast<const char*>(next) + 1 : end;
-    }
-  }
-  close(fd);
-  return listed;
 }
 
 }  // namespace ksmu::os

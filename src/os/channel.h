@@ -34,6 +34,7 @@ class Channel {
   int fd_ = -1;
 };
 
+std::uint64_t MonotonicMs();
 void CloseDescriptor(int fd);
 // A memfd of that size, which nobody can shrink, mapped shared; not inherited over fork. 0 or -errno.
 int CreateRing(std::size_t bytes, int* fd, std::byte** out);
@@ -43,9 +44,5 @@ void UnmapReceived(std::byte* at, std::size_t bytes);
 // What a frames' file has to be: a memfd of that length, which nobody can change. 0 or -errno.
 int CheckFramesFile(int fd, std::size_t bytes, File* out);
 std::size_t SizeOf(int fd);  // 0: it cannot be told
-
-// Whether the user is named (a number a line) in the file, which only root can have written.
-bool IsUserListed(const char* path, std::uint32_t uid);
-std::uint32_t ThisUser();
 
 }  // namespace ksmu::os

@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "broker/loop.h"
+#include "os/users.h"
 
 namespace {
 
@@ -467,6 +468,7 @@ int Run(const Options& options) {
   config.page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   config.most_frames = options.most_frames ? options.most_frames : static_cast<std::size_t>(std::max(sysconf(_SC_PHYS_PAGES) / 2, 1l));
   config.seed = directory.empty() ? RandomSeed() : KeptSeed(directory);
+  if (ksmu::os::SeesUnknownUsers()) config.unknown_user = ksmu::os::kUnknownUser;
   config.log = Log;
   Loop loop(std::move(config), options.io_uring);
   const std::uint32_t everyone = loop.server().AddListener("");

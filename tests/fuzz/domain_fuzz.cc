@@ -44,12 +44,13 @@ PageBytes PageOf(Content content) {
 std::uint32_t HashOf(Content content) {
   return (content % 8 == 0 ? content / 8 % 3 : content * 2654435761u) + static_cast<std::uint32_t>(kSeed);
 }
-std::uint32_t HashOfPage(const std::byte* page, std::size_t bytes, std::uint64_t seed) {
+std::uint64_t WholeHashOf(Content content) { return std::uint64_t{HashOf(content)} << 32 | content; }
+std::uint64_t HashOfPage(const std::byte* page, std::size_t bytes, std::uint64_t seed) {
   FUZZ_CHECK(bytes == kPage && seed == kSeed, "a page is hashed, with the domain's seed");
   const auto content = static_cast<Content>(std::to_integer<unsigned>(page[0]) | (std::to_integer<unsigned>(page[1]) ^ 7) << 8);
   const PageBytes whole = PageOf(content);
   FUZZ_CHECK(std::equal(whole.begin(), whole.end(), page), "what is hashed is what was copied");
-  return HashOf(content);
+  return WholeHashOf(content);
 }
 
 // --- the model -----------------------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ class Run {
         CheckPublished(entry, frame, is_new);
         if (is_new) {
           ++written;
-          offered_.erase(entry.hash);
+          offered_.erase(WholeHashOf(ring_[entry.place]));
           logged_.emplace_back(entry.hash, frame);
           model_.by_hash[entry.hash].push_back(frame);
         }
@@ -438,21 +439,21 @@ class Run {
     const std::uint8_t how = input.Byte();
     // Enough at times for the table to grow.
     const unsigned count = how % 16 == 15 ? how * 8u : 1 + how / 8u;
-    std::vector<std::uint32_t> hashes;
+    std::vector<std::uint64_t> hashes;
     std::vector<std::pair<std::uint16_t, std::uint32_t>> expected, wanted;
     for (unsigned i = 0; i < count; ++i) {
       const std::uint32_t hash = HashOf(static_cast<Content>(first + i));
-      hashes.push_back(hash);
+      hashes.push_back(WholeHashOf(static_cast<Content>(first + i)));
       if (const auto there = model_.by_hash.find(hash); there != model_.by_hash.end() && !there->second.empty()) {
         expected.emplace_back(slot.number, hash);
         continue;
       }
-      const auto before = offered_.find(hash);
+      const auto before = offered_.find(hashes.back());
       if (before != offered_.end() && before->second.life != slot.life) {
         const Slot& other = slots_[before->second.slot];
         if (other.state == Slot::kHere && other.life == before->second.life) expected.emplace_back(other.number, hash);
       }
-      offered_[hash] = {static_cast<std::size_t>(&slot - slots_.data()), slot.life};
+      offered_[hashes.back()] = {static_cast<std::size_t>(&slot - slots_.data()), slot.life};
     }
     domain_.Offer(
         slot.number, hashes.data(), hashes.size(),
@@ -512,7 +513,7 @@ class Run {
   std::array<Slot, kSlots> slots_;
   std::array<Content, wire::kRingPages> ring_{};
   std::vector<bool> lies_;
-  std::map<std::uint32_t, Offered> offered_;
+  std::map<std::uint64_t, Offered> offered_;
   std::vector<std::pair<std::uint32_t, Frame>> logged_;
   std::uint64_t lives_ = 0, log_at_ = 0;
   std::size_t most_ = wire::kFrameLimit;  // live frames

@@ -58,17 +58,18 @@ PageBytes PageOf(std::uint32_t content) {
   std::memcpy(page.data() + kPage - sizeof content, &content, sizeof content);
   return page;
 }
-std::uint32_t HashOfContent(std::uint32_t content) {
+std::uint64_t WholeHashOf(std::uint32_t content) {
   static const auto hashes = [] {
-    std::array<std::uint32_t, wire::kRingPages> all;
+    std::array<std::uint64_t, wire::kRingPages> all;
     for (std::uint32_t c = 0; c < all.size(); ++c) {
       const PageBytes page = PageOf(c);
-      all[c] = static_cast<std::uint32_t>(content::Hash(page.data(), kPage, kSeed) >> 32);
+      all[c] = content::Hash(page.data(), kPage, kSeed);
     }
     return all;
   }();
   return hashes.at(content);
 }
+std::uint32_t HashOfContent(std::uint32_t content) { return static_cast<std::uint32_t>(WholeHashOf(content) >> 32); }
 
 // Descriptors that come with a join. Made once: the same description is sent by all.
 enum RingKind : std::uint8_t { kRing, kRingOfFew, kUnsealed, kPipe, kNull, kRingKinds };
@@ -333,6 +334,7 @@ class Run final : public Outbox {
     peer.listener = how % 3;
     peer.uid = how >> 2 & 3;
     peer.since = now_;
+    peer.takes = (how >> 4 & 3) != 3;  // some not even the answer to their joining
     peer.has.key = {peer.listener, peer.listener ? 0 : peer.uid};
     FUZZ_CHECK(server_->Connected(peer.id, peer.listener, {peer.uid, static_cast<std::int32_t>(peer.id)}), "there is room for strangers");
     peer.state = Peer::kStranger;
@@ -412,9 +414,9 @@ class Run final : public Outbox {
     const std::uint32_t first = input.Byte();
     const std::uint8_t how = input.Byte();
     const bool all = how == 255;
-    Message& m = Blank(Kind::kOffer, static_cast<std::uint16_t>(all ? wire::kMaxHashes : 1 + how % 64), 0);
+    Message& m = Blank(Kind::kOffer, static_cast<std::uint16_t>(all ? wire::kMaxOffers : 1 + how % 64), 0);
     // Few that meet, or many; the latter as hashes of nothing.
-    for (std::uint32_t i = 0; i < m.header.count; ++i) m.words[i] = how & 128 ? first * 64 + i : HashOfContent((first + i) % 256);
+    for (std::uint32_t i = 0; i < m.header.count; ++i) m.offers[i] = how & 128 ? std::uint64_t{first * 64 + i} << 32 : WholeHashOf((first + i) % 256);
     Post(peer, m, {});
     if (how & 64 && !all) Call(peers_[0], Verdict::kStays, [&] { server_->Flush(); });
   }
@@ -514,10 +516,11 @@ class Run final : public Outbox {
       case Kind::kOffer:
         for (std::size_t i = 0; i < header.count; ++i) {
           // What is there already is wanted of who offers it: it then gets the frame.
-          peer.may_want[in_.words[i]] += published_.contains({peer.has.key, in_.words[i]});
+          const auto hash = static_cast<std::uint32_t>(in_.offers[i] >> 32);
+          peer.may_want[hash] += published_.contains({peer.has.key, hash});
           for (Peer& other : peers_) {
             if (&other == &peer || other.state != Peer::kMember || other.has.key != peer.has.key) continue;
-            if (const auto at = other.may_want.find(in_.words[i]); at != other.may_want.end()) ++at->second;
+            if (const auto at = other.may_want.find(hash); at != other.may_want.end()) ++at->second;
           }
         }
         return Verdict::kStays;

@@ -56,7 +56,7 @@ constexpr Rule kRules[] = {
     {Kind::kJoin, Sender::kMember, true, 1, 16, offsetof(Message, join), &JoinGood},
     {Kind::kFile, Sender::kMember, true, 1, 4, kWords, &FileGood},
     {Kind::kSettle, Sender::kMember, true, 512, 16, offsetof(Message, settle), &SettleGood},
-    {Kind::kOffer, Sender::kMember, false, 4096, 4, kWords, &AnyGood},
+    {Kind::kOffer, Sender::kMember, false, 2048, 8, offsetof(Message, offers), &AnyGood},
     {Kind::kDrop, Sender::kMember, false, 4096, 4, kWords, &FrameGood},
     {Kind::kRelease, Sender::kMember, false, 4096, 4, kWords, &FrameGood},
     {Kind::kReport, Sender::kMember, false, 1, 64, offsetof(Message, report), &AnyGood},
