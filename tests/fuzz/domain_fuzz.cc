@@ -377,10 +377,11 @@ class Run {
     FUZZ_CHECK(model_.live.contains(frame) && model_.memory.at(frame) == PageOf(content), "what is published is what is granted");
     if (!is_new) {
       FUZZ_CHECK(same > 0, "a frame that was there");
-      FUZZ_CHECK(entry.what != SettleEntry::kReplica || same >= Domain::kMaxReplicas, "a replica is a new one, until there are many");
+      FUZZ_CHECK(entry.what != SettleEntry::kReplica || same + others >= Domain::kMaxReplicas, "a replica is a new one, until there are many");
       return;
     }
-    FUZZ_CHECK(others < Domain::kMaxContents, "contents of one hash are bounded");
+    // What lies behind the first that is the same is not compared.
+    FUZZ_CHECK(others < Domain::kMaxContents || (entry.what == SettleEntry::kReplica && same > 0), "contents of one hash are bounded");
     FUZZ_CHECK(same < (entry.what == SettleEntry::kReplica ? Domain::kMaxReplicas : 1), "frames of one content are bounded");
   }
   void Give(Slot& slot, Frame frame) {

@@ -92,7 +92,7 @@ bool MayBeSent(const std::byte* packet, std::size_t bytes, Sender from) {
   const Rule* const rule = RuleOf(head.kind);
   if (!rule || rule->from != from || head.bytes != bytes || head.reserved) return false;
   if (rule->numbered ? head.number == 0 : head.number != 0) return false;
-  if (head.count == 0 || head.count > rule->most || kHeader + head.count * rule->entry_bytes != bytes) return false;
+  if (head.count < (rule->kind == Kind::kWanted ? 0 : 1) || head.count > rule->most || kHeader + head.count * rule->entry_bytes != bytes) return false;
   for (std::size_t i = 0; i < head.count; ++i) {
     if (!rule->good(packet + kHeader + i * rule->entry_bytes)) return false;
   }
