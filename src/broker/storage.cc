@@ -91,7 +91,9 @@ int Storage::Add() {
   return 0;
 }
 
+// Into fresh memory: a member that has read the free place has made a page there, of which it may know where it lies.
 int Storage::Write(Frame frame, const std::byte* page) {
+  if (int error = Punch(frame, 1)) return error;
   std::size_t done = 0;
   while (done < page_bytes_) {
     const off_t at = OffsetOf(frame) + static_cast<long>(done);

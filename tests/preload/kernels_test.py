@@ -101,7 +101,7 @@ run() {
   shift 2
   echo "GUEST BEGIN $name"
   rm -f /tmp/status
-  (setsid "$@" < /dev/null 2>&1; echo $? > /tmp/status.new; mv /tmp/status.new /tmp/status) &
+  ("$@" < /dev/null 2>&1; echo $? > /tmp/status.new; mv /tmp/status.new /tmp/status) &
   while [ ! -e /tmp/status ]; do
     sleep 0.5
     left=$((left - 1))
