@@ -41,6 +41,7 @@ class PoolFile {
   void Fill(std::uint64_t page) { cached_.insert(page); }
   void Punch(std::uint64_t page);
   std::size_t cached_pages() const { return cached_.size(); }
+  int node = 0;  // from which its pages are taken
 
  private:
   std::byte* host_;

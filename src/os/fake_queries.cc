@@ -130,6 +130,39 @@ int FakeSystem::ReadSharing(Address start, Sharing* out, std::size_t pages) {
   return 0;
 }
 
+int FakeSystem::QueryNodes(const Address* pages, std::size_t count, int* out) {
+  Scope scope(*this, "QueryNodes");
+  if (scope.error != 0) return scope.error;
+  for (std::size_t i = 0; i < count; ++i) {
+    const Pte pte = program().space.Get(pages[i]);
+    const fake::Vma* const v = program().space.Find(pages[i]);
+    const fake::PoolFile* file = pte.kind == Pte::kFile ? v->file.get() : nullptr;
+    for (const auto& [fd, f] : files_) {
+      const Address base = reinterpret_cast<Address>(f->At(0));
+      if (pages[i] >= base && pages[i] < base + f->bytes()) file = f.get();
+    }
+    if (file) {
+      out[i] = file->node == full_node ? 0 : file->node;
+    } else if (pte.kind == Pte::kAnon && pte.present()) {
+      const auto known = node_of.find(pages[i]);
+      out[i] = known == node_of.end() ? 0 : known->second;
+    } else {
+      out[i] = kNoNode;
+    }
+  }
+  return 0;
+}
+
+int FakeSystem::BindFile(const File& file, std::size_t bytes, int node) {
+  Scope scope(*this, "BindFile", -1, {0, bytes}, static_cast<Address>(node));
+  if (scope.error != 0) return scope.error;
+  const auto it = files_.find(file.fd);
+  if (it == files_.end()) return -EBADF;
+  if (node < 0 || node >= nodes) return -EINVAL;
+  it->second->node = node;
+  return 0;
+}
+
 // --- the program's memory -------------------------------------------------------------------------------------------
 
 std::size_t FakeSystem::ReadProgram(Address from, void* to, std::size_t bytes) {

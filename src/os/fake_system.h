@@ -158,6 +158,9 @@ class FakeSystem : public System {
   std::uint64_t available_memory = std::uint64_t{16} << 30;
   std::uint64_t file_size_limit = UINT64_MAX;
   std::vector<Address> unwaitable_words;
+  int nodes = 1;
+  std::map<Address, int> node_of;  // of the program's pages; what is not in it lies on node 0
+  int full_node = kNoNode;         // what is to be taken from it comes from node 0
 
   // --- System -------------------------------------------------------------------------------------------------------
   std::size_t PageSize() const override { return page_size_; }
@@ -193,6 +196,9 @@ class FakeSystem : public System {
   int Unmap(Span) override;
   long CallForProgram(long, const long*) override { return -ENOSYS; }
   int Protect(Span, Protection) override;
+  int CountNodes() override { return nodes; }
+  int QueryNodes(const Address* pages, std::size_t count, int* out) override;
+  int BindFile(const File&, std::size_t bytes, int node) override;
   int CreateFile(std::size_t bytes, File* out) override;
   void CloseFile(const File&) override;
   int ReopenFile(const File&, File* out);  // another descriptor of it, as one that has been passed by a socket

@@ -493,6 +493,23 @@ int LinuxSystem::Protect(Span span, Protection protection) {
   return refusals_.Note(Refusals::kMprotect, raw::OnRange(SYS_mprotect, span.start, span.bytes, ProtectionBits(protection)));
 }
 
+// --- NUMA nodes ----------------------------------------------------------------------------------------------------
+
+int LinuxSystem::CountNodes() { return os::CountNodes(); }
+
+int LinuxSystem::QueryNodes(const Address* pages, std::size_t count, int* nodes) {
+  return refusals_.Note(Refusals::kMovePages, QueryPageNodes(pages, count, nodes));
+}
+
+int LinuxSystem::BindFile(const File& file, std::size_t bytes, int node) {
+  return refusals_.Note(Refusals::kBindFile, BindPoolFile(file, bytes, node));
+}
+
+void LinuxSystem::PreferNode(int node) {
+  if (node == kNoNode) thread_policy_.Restore();
+  else thread_policy_.Prefer(node);
+}
+
 // --- pool files ----------------------------------------------------------------------------------------------------
 
 int LinuxSystem::CreateFile(std::size_t bytes, File* out) {

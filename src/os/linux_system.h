@@ -12,6 +12,7 @@
 #include "os/io_batch.h"
 #include "os/mappings.h"
 #include "os/move_watch.h"
+#include "os/nodes.h"
 #include "os/os.h"
 #include "os/pagemap.h"
 #include "os/pins.h"
@@ -93,6 +94,11 @@ class LinuxSystem final : public System {
   int Protect(Span, Protection) override;
   int Lock(Span) override;
 
+  int CountNodes() override;
+  int QueryNodes(const Address* pages, std::size_t count, int* nodes) override;
+  int BindFile(const File&, std::size_t bytes, int node) override;
+  void PreferNode(int node) override;
+
   int CreateFile(std::size_t bytes, File* out) override;
   void CloseFile(const File&) override;
   Partial WriteFile(const File&, std::uint64_t offset, Address from, std::size_t bytes) override;
@@ -144,6 +150,7 @@ class LinuxSystem final : public System {
   Mappings mappings_;
   IoBatch batch_;
   MemoryBudget memory_;
+  ThreadPolicy thread_policy_;
   OwnThreads own_threads_;
   PinPolicy pins_;
   Refusals refusals_;

@@ -136,6 +136,9 @@ enum class Protection : std::uint8_t { kNone, kRead, kReadWrite };
 
 enum class HugePages : std::uint8_t { kNever, kAdvised, kAlways };
 
+// NUMA nodes have numbers below. kNoNode: no page is there, or none of its own; or nobody can tell.
+inline constexpr int kMostNodes = 1024, kNoNode = -1;
+
 struct Features {
   bool kernel_faults = false;  // faults of system calls are handled (else user-mode-only)
   bool fork_events = false;    // EVENT_FORK is permitted (CAP_SYS_PTRACE)
@@ -224,6 +227,18 @@ class System {
   // A system call of the program's, made by this thread for it; -errno.
   virtual long CallForProgram(long number, const long* arguments) = 0;
   virtual int Lock(Span) { return 0; }       // mlock, for pages of the library's own; may be refused
+
+  // --- NUMA nodes --------------------------------------------------------------------------------------------------
+  // How many there can be: 1 where there are none to be told apart.
+  virtual int CountNodes() { return 1; }
+  // On which node each of these pages lies, the program's or the library's own; kNoNode for what is absent, also if it has
+  // been swapped out, and for zero pages. Touches nothing. 0 or -errno. Some 0.2 µs a page.
+  virtual int QueryNodes(const Address* pages, std::size_t count, int* nodes) = 0;
+  // What is written into the file from now on takes its memory from the node, as long as that has any; and so do the copies
+  // that writers of private mappings get.
+  virtual int BindFile(const File&, std::size_t bytes, int node) = 0;
+  // The same for what the calling thread makes the kernel allocate; kNoNode: as before.
+  virtual void PreferNode(int node) { (void)node; }
 
   // --- pool files --------------------------------------------------------------------------------------------------
   // A new memfd of that many bytes, sparse. -EFBIG beyond RLIMIT_FSIZE (SIGXFSZ is blocked in our threads), -EMFILE, -ENOMEM.

@@ -13,7 +13,8 @@ class Refusals {
  public:
   enum Call : std::uint8_t {
     kRegister, kUnregister, kWriteProtect, kContinue, kMove, kCopy, kZeroPage, kWake, kRead, kScan, kMadvise, kMmap,
-    kMremap, kMunmap, kMprotect, kCreateFile, kWriteFile, kPunchFile, kMapFile, kCallCount,
+    kMremap, kMunmap, kMprotect, kCreateFile, kWriteFile, kPunchFile, kMapFile,
+    kMovePages, kBindFile, kCallCount,
   };
   // Returns the error. What protocols live with (EAGAIN, EBUSY, ENOENT, EEXIST, ESRCH) is no news and is not noted.
   int Note(Call call, int error) {
