@@ -183,6 +183,49 @@ TEST_F(PoolTest, FreedPlacesComeBackLongestRunFirst) {
   EXPECT_EQ(Allocate(expected.size()), expected);
 }
 
+// Each node has files of its own, and what is freed in them is the node's again.
+TEST_F(PoolTest, NodesHaveFilesOfTheirOwn) {
+  sys.nodes = 2;
+  const auto allocate = [&](int node, std::size_t n) {
+    std::vector<Frame> frames;
+    for (std::size_t i = 0; i < n; ++i) frames.push_back(pool->Allocate(node));
+    return frames;
+  };
+  const Frame anywhere = pool->Allocate();
+  const std::vector<Frame> first = allocate(0, 1024), second = allocate(1, 1024);
+  EXPECT_EQ(pool->node(anywhere), os::kNoNode);
+  for (std::size_t i = 0; i < 1024; ++i) {
+    ASSERT_EQ(first[i], first[0] + i);
+    ASSERT_EQ(second[i], second[0] + i);
+    ASSERT_EQ(pool->node(first[i]), 0);
+    ASSERT_EQ(pool->node(second[i]), 1);
+  }
+  const std::vector<std::byte> bytes(kPage, std::byte(7));
+  for (const Frame f : {first[0], second[0]}) {
+    EXPECT_EQ(sys.WriteFile(pool->OsFile(f), pool->Offset(f), reinterpret_cast<os::Address>(bytes.data()), kPage).done, kPage);
+    const auto at = reinterpret_cast<os::Address>(pool->Bytes(f));
+    int node = -2;
+    EXPECT_EQ(sys.QueryNodes(&at, 1, &node), 0);
+    EXPECT_EQ(node, pool->node(f));
+  }
+  pool->Share(anywhere);
+  for (const Frame f : first) pool->Share(f);
+  EXPECT_EQ(Reclaim().size(), 1024u);
+  // All of one node's are free, and none of the other's.
+  EXPECT_GT(allocate(0, 1)[0], first.back());
+  EXPECT_EQ(allocate(1, 1024), second);
+  EXPECT_GT(allocate(1, 1)[0], second.back());
+}
+
+TEST_F(PoolTest, ANodeThatRefusesMemoryHasNoFrames) {
+  sys.nodes = 2;
+  sys.hooks.before = [](os::FakeCall& call) { return std::strcmp(call.name, "BindFile") == 0 && call.other == 1 ? -ENOMEM : 0; };
+  EXPECT_EQ(pool->Allocate(1), kNoFrame);
+  EXPECT_NE(pool->Allocate(0), kNoFrame);
+  sys.hooks.before = nullptr;
+  EXPECT_NE(pool->Allocate(1), kNoFrame);
+}
+
 TEST_F(PoolTest, ARecycledFrameStartsAnew) {
   sys.file_size_limit = 512 * kPage;
   const std::vector<Frame> frames = Allocate(512);

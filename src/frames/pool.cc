@@ -34,6 +34,7 @@ Pool::PoolFile* Pool::MakeFile(std::size_t slot, const os::File& file, std::size
   }
   made->file = file;
   made->frames = frames;
+  made->nodes.fill(os::kNoNode);
   files_[slot] = made;
   file_count_ = std::max(file_count_, slot + 1);
   return made;
@@ -48,7 +49,16 @@ void Pool::Close(std::size_t slot) {
   file_slab_.Free(&file);
 }
 
-bool Pool::AddFile() {
+Pool::Growth* Pool::GrowthOf(int node) {
+  if (node == os::kNoNode) return &anywhere_;
+  const auto known = std::find_if(of_nodes_.begin(), of_nodes_.end(), [&](const Growth& g) { return g.node == node; });
+  if (known != of_nodes_.end()) return known;
+  Growth growth;
+  growth.node = node;
+  return of_nodes_.push_back(growth) ? &of_nodes_.back() : nullptr;
+}
+
+bool Pool::AddFile(Growth& growth) {
   const std::size_t slot = FreeSlot();
   if (slot == kMaxFiles) return false;
   // A file as large as RLIMIT_FSIZE lets it be: below one chunk there is no pool worth having.
@@ -57,10 +67,15 @@ bool Pool::AddFile() {
   os::File file;
   while ((error = system_.CreateFile(frames * page_size_, &file)) == -EFBIG && frames > kChunk) frames /= 2;
   if (error) return false;
+  if (growth.node != os::kNoNode && system_.BindFile(file, frames * page_size_, growth.node) != 0) {
+    system_.CloseFile(file);
+    return false;
+  }
   PoolFile* const made = MakeFile(slot, file, frames);
   if (!made) return false;
-  growing_ = made;
-  growing_slot_ = slot;
+  made->nodes.fill(static_cast<std::int16_t>(growth.node));
+  growth.growing = made;
+  growth.growing_slot = slot;
   return true;
 }
 
@@ -85,35 +100,39 @@ Frame Pool::Take(Frame f) {
   return f;
 }
 
-Frame Pool::Allocate() {
-  if (extent_ != extent_end_) return Take(extent_++);
+Frame Pool::Allocate(int node) {
+  Growth* const from = GrowthOf(node);
+  if (!from) return kNoFrame;
+  Growth& growth = *from;
+  if (growth.extent != growth.extent_end) return Take(growth.extent++);
   // New places first, since they are always consecutive; recycled ones once they are a fair part of the whole, so that
   // merge and break cycles do not grow the pool's address range without end.
-  if (recycled_ >= std::max<std::size_t>(kChunk, used_ / 4) && Recycle()) return Take(extent_++);
-  if ((growing_ && growing_->bump < growing_->frames) || AddFile()) {
-    return Take(static_cast<Frame>(growing_slot_ * kFramesPerFile + growing_->bump++));
+  if (growth.recycled >= std::max<std::size_t>(kChunk, used_ / 4) && Recycle(growth)) return Take(growth.extent++);
+  if ((growth.growing && growth.growing->bump < growth.growing->frames) || AddFile(growth)) {
+    return Take(static_cast<Frame>(growth.growing_slot * kFramesPerFile + growth.growing->bump++));
   }
-  return Recycle() ? Take(extent_++) : kNoFrame;
+  return Recycle(growth) ? Take(growth.extent++) : kNoFrame;
 }
 
 // Sets the longest run of free places in the next chunk that has any aside as the extent.
-bool Pool::Recycle() {
-  if (!recycled_) return false;
+bool Pool::Recycle(Growth& growth) {
+  if (!growth.recycled) return false;
+  std::size_t& cursor = growth.cursor;
   const std::size_t chunks_per_file = kFramesPerFile / kChunk;
   const std::size_t chunks = file_count_ * chunks_per_file;
-  for (std::size_t looked = 0; looked < chunks; ++looked, cursor_ = (cursor_ + 1) % chunks) {
-    if (!files_[cursor_ / chunks_per_file]) continue;
-    PoolFile& file = *files_[cursor_ / chunks_per_file];
-    std::uint16_t& free = file.free[cursor_ % chunks_per_file];
-    if (!free) continue;  // as of every file that is not ours
-    const std::size_t base = (cursor_ % chunks_per_file) * kChunk;
+  for (std::size_t looked = 0; looked < chunks; ++looked, cursor = (cursor + 1) % chunks) {
+    if (!files_[cursor / chunks_per_file]) continue;
+    PoolFile& file = *files_[cursor / chunks_per_file];
+    std::uint16_t& free = file.free[cursor % chunks_per_file];
+    if (!free || file.nodes[0] != growth.node) continue;  // none are free of a file that is not ours
+    const std::size_t base = (cursor % chunks_per_file) * kChunk;
     const base::Stretch best = base::LongestRun(base, std::min(base + kChunk, file.bump), [&](std::size_t i) { return file.meta[i].state == kFree; });
     if (best.count == 0) continue;
     for (std::size_t i = best.start; i < best.start + best.count; ++i) file.meta[i].state = kSetAside;
     free = static_cast<std::uint16_t>(free - best.count);
-    recycled_ -= best.count;
-    extent_ = static_cast<Frame>(cursor_ / chunks_per_file * kFramesPerFile + best.start);
-    extent_end_ = static_cast<Frame>(extent_ + best.count);
+    growth.recycled -= best.count;
+    growth.extent = static_cast<Frame>(cursor / chunks_per_file * kFramesPerFile + best.start);
+    growth.extent_end = static_cast<Frame>(growth.extent + best.count);
     return true;
   }
   return false;
@@ -252,7 +271,7 @@ std::size_t Pool::Reclaim(void (*forget)(void*, Frame), void* cookie) {
           --file.used, --used_;
           if (file.owner == 0) {
             ++file.free[i / kChunk];
-            ++recycled_;
+            ++GrowthOf(file.nodes[0])->recycled;
           } else if (file.owner == owner_) {
             source_->Release(static_cast<Frame>(file.number * kFramesPerFile + i));
           }

@@ -21,6 +21,8 @@
 // Frames of a source (source.h) lie in files of the source's, and have the same life: to punch one is to drop it, to free its
 // place is to release it. While a source is there no frame of our own is made. Once it is gone its frames are orphans, which
 // nobody here can punch; a file of them is closed when nothing covers it any more.
+//
+// Where NUMA nodes are kept apart each node has files of its own, whose memory comes from it.
 #pragma once
 
 #include <array>
@@ -43,7 +45,11 @@ class Pool {
 
   // A free frame, now live: the one after the last one given out wherever that is free. kNoFrame: the pool is full
   // (RLIMIT_FSIZE, memory, descriptors). The caller pins it or maps it before the next Reclaim. Scanner only.
-  Frame Allocate();
+  // `node`: of a file whose memory comes from there; os::kNoNode: from wherever the kernel takes it.
+  Frame Allocate(int node = os::kNoNode);
+  int node(Frame f) const { return File(f).nodes[f % kFramesPerFile / kChunk]; }
+  // Of a source's, which knows it. All of a chunk are of one.
+  void set_node(Frame f, int node) { File(f).nodes[f % kFramesPerFile / kChunk] = static_cast<std::int16_t>(node); }
 
   // Null: it is gone, and its frames are orphans. Scanner only, as all that follows.
   void SetSource(Source* source);
@@ -147,9 +153,20 @@ class Pool {
     std::size_t bump = 0;    // frames below have been used before
     std::array<std::uint16_t, kFramesPerFile / kChunk> free{};  // recycled frames in each chunk
     std::array<std::uint16_t, kFramesPerFile / kChunk> busy{};  // frames in each chunk that are live or punched
+    std::array<std::int16_t, kFramesPerFile / kChunk> nodes;    // of each chunk
     std::size_t live = 0, used = 0;    // live; live or punched
     std::uint32_t owner = 0;   // 0: ours, else the number of a source of this pool's; an orphan's has gone
     std::uint32_t number = 0;  // by which the source knows the file
+  };
+
+  // Where frames of our own come from: those of a node, or of no node in particular.
+  struct Growth {
+    int node = os::kNoNode;
+    PoolFile* growing = nullptr;  // the last file
+    std::size_t growing_slot = 0;
+    std::size_t recycled = 0;     // free places below the bumps
+    std::size_t cursor = 0;       // where Recycle goes on, in chunks
+    Frame extent = 0, extent_end = 0;  // recycled places set aside, to be given out one after the other
   };
 
   PoolFile& File(Frame f) const { return *files_[f / kFramesPerFile]; }
@@ -165,8 +182,9 @@ class Pool {
   std::size_t FreeSlot() const;  // kMaxFiles: none
   PoolFile* MakeFile(std::size_t slot, const os::File& file, std::size_t frames);
   void Close(std::size_t slot);
-  bool AddFile();
-  bool Recycle();
+  Growth* GrowthOf(int node);  // null: no memory for a new one
+  bool AddFile(Growth& growth);
+  bool Recycle(Growth& growth);
   Frame Take(Frame f);
   bool IsRefused(std::size_t number) const;
   void Begin(FrameMeta& meta);
@@ -177,17 +195,14 @@ class Pool {
   std::size_t page_size_;
   std::array<PoolFile*, kMaxFiles + 1> files_{};  // null: none there
   std::size_t file_count_ = 0;                    // those behind are null, but for the ring
-  PoolFile* growing_ = nullptr;                   // the last one of ours
-  std::size_t growing_slot_ = 0;
+  Growth anywhere_;
+  base::OwnVector<Growth> of_nodes_;
   Source* source_ = nullptr;
   std::uint32_t owner_ = 0, sources_ = 0;         // the number of source_, 0 without; how many there have been
   std::array<std::uint16_t, kMaxFiles> slots_{};  // of the source's files, by their numbers there: 0 none, else slot + 1
   base::OwnVector<Frame> refused_;  // of the source's frames, while one answer is in hand: released, since we cannot map them
   PoolFile* ring_ = nullptr;
   base::OwnSlab<PoolFile> file_slab_;
-  std::size_t recycled_ = 0;   // free places below the bumps
-  std::size_t cursor_ = 0;     // where Recycle goes on, in chunks
-  Frame extent_ = 0, extent_end_ = 0;  // recycled places set aside, to be given out one after the other
   std::size_t live_ = 0, used_ = 0;
   std::atomic<std::size_t> shared_{0};
   std::atomic<std::size_t> idle_{0};  // frames that lost their last sharer, pin or cover since Reclaim last looked
