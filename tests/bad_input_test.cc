@@ -352,8 +352,12 @@ KSMU_ISOLATED_TEST(BadInput, NamesAndValues, 30) {
     }
     EXPECT_ERRNO(EINVAL, ksmu_set("max_page_sharing", 1));
     EXPECT_ERRNO(EINVAL, ksmu_set("max_page_sharing", -5));
-    EXPECT_ERRNO(EOPNOTSUPP, ksmu_set("merge_across_nodes", 0));
     EXPECT_ERRNO(EINVAL, ksmu_set("merge_across_nodes", 2));
+    EXPECT_ERRNO(EINVAL, ksmu_set("merge_across_nodes", -1));
+    EXPECT_OK(ksmu_set("merge_across_nodes", 1));
+    if (started) EXPECT_ERRNO(EBUSY, ksmu_set("merge_across_nodes", 0)) << "pages are shared";
+    else EXPECT_OK(ksmu_set("merge_across_nodes", 0));
+    EXPECT_EQ(Get("merge_across_nodes"), started ? 1 : 0);
     EXPECT_OK(ksmu_set("merge_across_nodes", 1));
 #define KSMU_READABLE(name) EXPECT_OK(ksmu_get(#name, &value));
     KSMU_FOR_EACH_COUNTER(KSMU_READABLE)

@@ -158,7 +158,7 @@ void ModelSource::TakeLate(const News& news) {
   const auto has = [](const auto& words, std::uint32_t word) { return std::find(words.begin(), words.end(), word) != words.end(); };
   for (std::size_t i = 0; i < asked.size(); ++i) {
     const std::uint32_t theirs = answers[i];
-    if (theirs != broker::wire::kNoFrame && !has(drops_, theirs) && !has(releases_, theirs)) news.granted(news.cookie, asked[i].hash, theirs);
+    if (theirs != broker::wire::kNoFrame && !has(drops_, theirs) && !has(releases_, theirs)) news.granted(news.cookie, {asked[i].kind, asked[i].hash, asked[i].place, theirs, asked[i].node});
   }
 }
 

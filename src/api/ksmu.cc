@@ -306,7 +306,7 @@ int ksmu_get(const char* name, int64_t* value) {
   const KeepErrno keep;
   if (!name || !value) return Fail(EINVAL, "the name or the place for the value is NULL");
   if (const Tunable* tunable = FindTunable(name)) {
-    *value = tunable->value ? tunable->value->load(std::memory_order_relaxed) : tunable->fallback;
+    *value = tunable->value->load(std::memory_order_relaxed);
     if (tunable->value == &settings().pages_to_scan && settings().advisor_mode.load() != 0) {
       *value = settings().advised_pages_to_scan.load(std::memory_order_relaxed);
     }
@@ -334,10 +334,6 @@ int ksmu_set(const char* name, int64_t value) {
     return Fail(ENOENT, "there is no tunable of this name");
   }
   if (value < tunable->minimum || value > tunable->maximum) return Fail(EINVAL, "the value is out of the tunable's range");
-  if (!tunable->value) {
-    if (value == tunable->fallback) return keep.Succeed();
-    return Fail(EOPNOTSUPP, "this version of the library knows no other value");
-  }
   Use use(Use::kWake);
   if (use.error()) return -1;
   if (tunable->value == &settings().max_page_sharing && value != settings().max_page_sharing.load() && use.runtime()) {
@@ -345,6 +341,15 @@ int ksmu_set(const char* name, int64_t value) {
   }
   if (tunable->value == &settings().pages_to_scan && settings().advisor_mode.load() != 0) {
     return Fail(EINVAL, "the advisor sets pages_to_scan: set advisor_mode to 0 first");
+  }
+  if (tunable->value == &settings().merge_across_nodes && use.runtime()) {
+    Command command;
+    command.kind = Command::kAcrossNodes;
+    command.across = value != 0;
+    use.runtime()->Execute(&command);
+    if (command.result == -EBUSY) return Fail(EBUSY, "pages are shared: set run to 2 first");
+    if (command.result == -EOPNOTSUPP) return Fail(EOPNOTSUPP, "the kernel does not tell on which node a page lies: a filter refuses move_pages(2)");
+    if (command.result < 0) return Finish(keep, command);
   }
   SetByProgram(tunable, value);
   if (tunable->value == &settings().advisor_mode) {

@@ -102,23 +102,23 @@ void Construct();
 
 constexpr std::int64_t kNoMaximum = std::int64_t{1} << 40;
 const Tunable kTunables[] = {
-    {"run", &g_settings.run, 1, 0, 2},
-    {"pages_to_scan", &g_settings.pages_to_scan, 0, 0, kNoMaximum},
-    {"sleep_millisecs", &g_settings.sleep_millisecs, 20, 0, kNoMaximum},
-    {"cpu_limit_percent", &g_settings.cpu_limit_percent, 10, 0, 100},
-    {"use_zero_pages", &g_settings.use_zero_pages, 1, 0, 1},
-    {"max_page_sharing", &g_settings.max_page_sharing, 256, 2, kNoMaximum},
-    {"smart_scan", &g_settings.smart_scan, 1, 0, 1},
-    {"remerge", &g_settings.remerge, 1, 0, 1},
-    {"remerge_seconds", &g_settings.remerge_seconds, 60, 0, 4000},
-    {"max_maps", &g_settings.max_maps, 0, 0, kNoMaximum},
-    {"advisor_mode", &g_settings.advisor_mode, 0, 0, 1},
-    {"advisor_max_cpu", &g_settings.advisor_max_cpu, 70, 1, 100},
-    {"advisor_min_pages_to_scan", &g_settings.advisor_min_pages_to_scan, 500, 1, kNoMaximum},
-    {"advisor_max_pages_to_scan", &g_settings.advisor_max_pages_to_scan, 30000, 1, kNoMaximum},
-    {"advisor_target_scan_time", &g_settings.advisor_target_scan_time, 200, 1, kNoMaximum},
-    {"merge_across_nodes", nullptr, 1, 0, 1},
-    {"thp_min_duplicates", &g_settings.thp_min_duplicates, 64, 0, 512},
+    {"run", &g_settings.run, 0, 2},
+    {"pages_to_scan", &g_settings.pages_to_scan, 0, kNoMaximum},
+    {"sleep_millisecs", &g_settings.sleep_millisecs, 0, kNoMaximum},
+    {"cpu_limit_percent", &g_settings.cpu_limit_percent, 0, 100},
+    {"use_zero_pages", &g_settings.use_zero_pages, 0, 1},
+    {"max_page_sharing", &g_settings.max_page_sharing, 2, kNoMaximum},
+    {"smart_scan", &g_settings.smart_scan, 0, 1},
+    {"remerge", &g_settings.remerge, 0, 1},
+    {"remerge_seconds", &g_settings.remerge_seconds, 0, 4000},
+    {"max_maps", &g_settings.max_maps, 0, kNoMaximum},
+    {"advisor_mode", &g_settings.advisor_mode, 0, 1},
+    {"advisor_max_cpu", &g_settings.advisor_max_cpu, 1, 100},
+    {"advisor_min_pages_to_scan", &g_settings.advisor_min_pages_to_scan, 1, kNoMaximum},
+    {"advisor_max_pages_to_scan", &g_settings.advisor_max_pages_to_scan, 1, kNoMaximum},
+    {"advisor_target_scan_time", &g_settings.advisor_target_scan_time, 1, kNoMaximum},
+    {"merge_across_nodes", &g_settings.merge_across_nodes, 0, 1},
+    {"thp_min_duplicates", &g_settings.thp_min_duplicates, 0, 512},
 };
 
 constexpr std::size_t kTunableCount = sizeof kTunables / sizeof *kTunables;
@@ -155,7 +155,7 @@ int ReadEnvironment(engine::RuntimeOptions* options) {
     std::size_t n = 5;
     for (const char* c = tunable.name; *c; ++c) name[n++] = *c >= 'a' && *c <= 'z' ? static_cast<char>(*c - 32) : *c;
     const char* text = secure_getenv(name);
-    if (!text || !tunable.value) continue;
+    if (!text) continue;
     given[i] = true;
     if (!ParseInteger(text, &values[i]) || values[i] < tunable.minimum || values[i] > tunable.maximum) {
       os::ErrorText sentence;

@@ -61,7 +61,7 @@ bool HasLeftovers();
 struct Tunable {
   const char* name;
   std::atomic<std::int64_t>* value;
-  std::int64_t fallback, minimum, maximum;
+  std::int64_t minimum, maximum;
 };
 const Tunable* FindTunable(const char* name);
 void SetByProgram(const Tunable* tunable, std::int64_t value);  // from now on the environment's value is nothing to it

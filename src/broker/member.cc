@@ -325,7 +325,7 @@ bool Member::TakeLate(int fd, std::size_t count, const News& news) {
   if (!TakeSettled()) return false;
   for (std::size_t i = 0; i < asked_count_; ++i) {
     // The call may ask for a file, but for no frames: asked_ stays.
-    if (asked_[i].theirs != wire::kNoFrame && !IsGivenUp(asked_[i].theirs)) news.granted(news.cookie, asked_[i].hash, asked_[i].theirs);
+    if (asked_[i].theirs != wire::kNoFrame && !IsGivenUp(asked_[i].theirs)) news.granted(news.cookie, asked_[i]);
   }
   return channel_.open();
 }

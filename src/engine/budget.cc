@@ -83,7 +83,7 @@ const Engine::Replicas* Engine::ReplicasOf(Frame frame, std::size_t pages) {
   const std::size_t count = std::bit_floor(std::min(kMaxReplicas, (pages + pool_.sharers(frame)) / kPagesAReplica));
   if (count < 2) return nullptr;
   for (Replicas& known : replicas_) {
-    if (known.count < count / 2 || known.hash != hash) continue;
+    if (known.count < count / 2 || known.hash != hash || !LiesOn(known.first, NodeOf(frame))) continue;
     bool there = true;
     for (Frame f = known.first; there && f < known.first + known.count; ++f) {
       there = pool_.Live(f) && pool_.hash(f) == hash && HasRoom(f);
@@ -93,7 +93,7 @@ const Engine::Replicas* Engine::ReplicasOf(Frame frame, std::size_t pages) {
   using Visit = frames::Index::Visit;
   Frame chain = kNoFrame;
   index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
-    if (!entry.is_frame || pool_.hash(entry.frame) != hash) return Visit::kNext;
+    if (!entry.is_frame || pool_.hash(entry.frame) != hash || !LiesOn(entry.frame, NodeOf(frame))) return Visit::kNext;
     if (!content::Equal(pool_.Bytes(entry.frame), pool_.Bytes(frame), page_)) return Visit::kNext;
     chain = entry.frame;
     return Visit::kStop;
@@ -102,7 +102,7 @@ const Engine::Replicas* Engine::ReplicasOf(Frame frame, std::size_t pages) {
   // Where the pool is in pieces they are not side by side at once: the longest stretch counts, and the others are frames
   // like any other.
   for (std::size_t tries = 2 * count; made.count < count && tries; --tries) {
-    const Frame next = PublishNow(hash, pool_.Bytes(frame), chain);
+    const Frame next = PublishNow(hash, pool_.Bytes(frame), NodeOf(frame), chain);
     if (next == kNoFrame) break;
     chain = next;
     if (stretch.count && (next != stretch.first + stretch.count || !pool_.SameFile(next, stretch.first))) stretch.count = 0;
@@ -124,7 +124,7 @@ bool Engine::HasRoom(Frame frame) const {
 void Engine::SpreadRepeats(Planned* plan, std::size_t count) {
   if (count < 2 || BudgetSpent(count) < kScarce) return;
   const auto same = [&](Frame a, Frame b) {
-    return a == b || (pool_.hash(a) == pool_.hash(b) && content::Equal(pool_.Bytes(a), pool_.Bytes(b), page_));
+    return a == b || (pool_.hash(a) == pool_.hash(b) && LiesOn(a, NodeOf(b)) && content::Equal(pool_.Bytes(a), pool_.Bytes(b), page_));
   };
   for (std::size_t i = 0; i < count;) {
     std::size_t end = i + 1;

@@ -302,7 +302,10 @@ int Engine::Detach(const Region& region, Span run, PageState expected) {
   // What stays empty needs no neighbour: the tracker's registration joins it.
   const bool joined = any && beside && JoinBeside(beside, breaker, tracked);
   const Span around = joined ? Span{std::min(beside, run.start), run.bytes + page_} : run;
+  // Where the pages lay before they were merged, and not where this thread happens to run.
+  if (by_node_) system_.PreferNode(pool_.node(table_.Load(run.start).value()));
   FillHeld(breaker);
+  if (by_node_) system_.PreferNode(os::kNoNode);
   KSMU_TEST_POINT("detach.filled", run.start, run.bytes);
   // The program may have moved it since.
   const Span gone{WhereNow(run.start), run.bytes};

@@ -12,6 +12,7 @@
 //   budget.cc   mappings: who gets them when they are short
 //   commands.cc advise, unmerge, release, discard, unmap             hold.cc     pages out of a run's mapping, and back
 //   events.cc   discards, faults, forks, moves                       share.cc    frames of other processes, by a source
+//   nodes.cc    NUMA nodes kept apart
 #pragma once
 
 #include <array>
@@ -45,6 +46,7 @@ struct Tunables {
   std::atomic<std::int64_t> remerge_seconds{60};
   std::atomic<std::int64_t> thp_min_duplicates{64};
   std::atomic<std::int64_t> max_maps{0};  // 0: three quarters of vm.max_map_count
+  std::atomic<std::int64_t> merge_across_nodes{1};  // read when an engine starts; then see MergeAcrossNodes
 };
 
 struct RegionCounts {
@@ -87,6 +89,9 @@ class Engine {
   void SetPresence(Presence* presence) { presence_ = presence; }
   // Where no region is any more. Not where pages stay in a run's mapping: what the program does there still concerns us.
   void ForgetPresence(Span span);
+  // Whether pages of different NUMA nodes are merged, where no domain says otherwise. -EBUSY: something is shared already;
+  // -EOPNOTSUPP: it cannot be told which page lies on which node.
+  int MergeAcrossNodes(bool across);
   // Every region; with `forget` the regions end as well (ksmu_stop).
   int UnmergeAll(bool forget);
 
@@ -224,12 +229,13 @@ class Engine {
   const std::byte* ReadTwin(Address candidate);
   static constexpr std::size_t kReadPages = kMaxRunPages;  // read and hashed at a time
   using PortionBits = std::bitset<kReadPages>;
-  void MatchPage(Address page, std::uint32_t hash, const std::byte* bytes, bool wanted);
-  frames::Frame WriteFrame(const std::byte* bytes);
+  void MatchPage(Address page, std::uint32_t hash, const std::byte* bytes, int node, bool wanted);
+  frames::Frame WriteFrame(const std::byte* bytes, int node);
   void Enter(frames::Frame frame, std::uint32_t hash, frames::Frame chain);
-  std::uint32_t HashOf(const std::byte* bytes) const;
+  std::uint64_t WholeHashOf(const std::byte* bytes, int node) const;
+  std::uint32_t HashOf(const std::byte* bytes, int node) const;
   frames::Frame FrameWithRoom(frames::Frame head, Address page, const std::byte* bytes);
-  frames::Frame Publish(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
+  frames::Frame Publish(std::uint32_t hash, const std::byte* bytes, int node, frames::Frame chain);
   void Unsettle(Address page);
   void Leave(Address page, Reason reason);
   void LeaveUnpublished(Address page);
@@ -237,14 +243,25 @@ class Engine {
   static void ForgetFrame(void* self, frames::Frame frame);
   static bool HashOfEntry(void* self, const frames::Index::Entry& entry, std::uint32_t* hash);
 
+  // nodes.cc
+  void Adopt(std::uint64_t seed);
+  void ForgetSeen();
+  void FindNodes(const Address* pages, std::size_t count);
+  void FindNodes(Span span);
+  int NodeNow(Address page);
+  void SeeAgain(Address page);
+  int NodeOf(frames::Frame frame) const;
+  // Whether pages of that node may map the frame.
+  bool LiesOn(frames::Frame frame, int node) const { return !by_node_ || NodeOf(frame) == node; }
+
   // share.cc
-  frames::Frame Provide(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
-  frames::Frame PublishNow(std::uint32_t hash, const std::byte* bytes, frames::Frame chain);
+  frames::Frame Provide(std::uint32_t hash, const std::byte* bytes, int node, frames::Frame chain);
+  frames::Frame PublishNow(std::uint32_t hash, const std::byte* bytes, int node, frames::Frame chain);
   void AcquireKnown(const std::uint32_t* hashes, std::size_t count, const PortionBits& leave);
   void SettleProvisions();
   void ReplaceProvisions(Planned* plan, std::size_t* count);
   bool Ask(frames::Source::Want* wants, std::size_t count);
-  frames::Frame TakeGranted(std::uint32_t hash, frames::Frame theirs);
+  frames::Frame TakeGranted(std::uint32_t hash, frames::Frame theirs, int node);
   frames::Frame HeadOf(std::uint32_t hash, frames::Frame frame);
   void TendShared();
   void NoteNews(std::uint32_t hash, bool wanted);
@@ -378,6 +395,10 @@ class Engine {
   os::System& system_;
   const Tunables& tunables_;
   std::uint64_t seed_;
+  // NUMA nodes are kept apart: a page's hash is seeded by its node, so that candidates, offers and frames are apart by
+  // themselves. false on a machine with one node, whatever is wanted.
+  bool by_node_ = false;
+  bool across_nodes_ = true;  // what the tunable says
   const std::size_t page_;
   Counters counters_;
   PageTable table_;
@@ -423,6 +444,7 @@ class Engine {
   std::size_t buffer_used_ = 0;   // bytes of buffer_ that have ever been touched
   std::byte* huge_ = nullptr;     // the same in a huge page, and kTwinPages more
   std::size_t huge_used_ = 0;     // what it takes now
+  std::array<int, kReadPages> nodes_{};  // of the pages of the portion; all 0 unless by_node_
   std::array<std::uint64_t, kReadPages / 64> unread_{};  // pages of the portion that could not be read
   std::byte* twin_bytes_ = nullptr;  // in huge_
   Span twins_read_;                  // whose bytes these are; of the batch in hand
@@ -438,6 +460,7 @@ class Engine {
   bool source_gone_ = false;         // found out in the middle of something; seen to by Housekeeping
   frames::Source::Want* wants_ = nullptr;
   std::array<frames::Frame, frames::Source::kMaxRing> settled_{};  // what became of each provision
+  std::array<int, frames::Source::kMaxRing> provided_for_{};       // the node of each
   struct News {
     Address page;
     std::uint32_t hash;

@@ -92,6 +92,8 @@ bool Engine::SampleSegment(Segment* segment) {
   if (gate_.LeftShut()) return true;  // not now
   bool huge = false;
   if (!IsWhole(*segment, &huge) || !huge) return false;
+  int node = 0;  // of all of it: it is one page
+  if (by_node_ && (node = NodeNow(segment->start)) == os::kNoNode) return false;
   Sample now;
   const std::size_t pages = table_.pages_per_segment();
   std::size_t read = 0;
@@ -105,7 +107,7 @@ bool Engine::SampleSegment(Segment* segment) {
         ++now.zeros;
         continue;
       }
-      const std::uint64_t whole_hash = content::Hash(bytes + i * page_, page_, seed_);
+      const std::uint64_t whole_hash = WholeHashOf(bytes + i * page_, node);
       const auto hash = static_cast<std::uint32_t>(whole_hash >> 32);
       if (!frames::SampleTable::Sampled(hash) || now.count == now.hashes.size()) continue;
       now.hashes[now.count++] = hash;
@@ -228,9 +230,10 @@ bool Engine::IsUnchanged(const Segment& segment, bool* huge) {
     const std::size_t n = std::min(kReadPages, pages - first);
     if (system_.ReadProgram(at, bytes, n * page_) != n * page_) return false;
     Add(counters_.pages_scanned, static_cast<std::int64_t>(n));
+    FindNodes({at, n * page_});
     for (std::size_t i = 0; i < n; ++i) {
       const Page page = table_.Load(at + i * page_);
-      if (page.state() != PageState::kStill || page.value() != HashOf(bytes + i * page_)) return false;
+      if (page.state() != PageState::kStill || page.value() != HashOf(bytes + i * page_, nodes_[i])) return false;
     }
   }
   return true;

@@ -89,6 +89,7 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
   for (std::size_t first = 0; first < count; first += kReadPages) {
     const std::size_t n = std::min(kReadPages, count - first);
     read += ReadPages(pages + first, n, bytes);
+    FindNodes(pages + first, n);
     std::array<std::uint32_t, kReadPages> hashes;
     PortionBits leave;
     for (std::size_t i = 0; i < n; ++i) {
@@ -99,12 +100,17 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
         leave[i] = true;
         continue;
       }
-      hashes[i] = HashOf(bytes + i * page_);
+      if (nodes_[i] == os::kNoNode) {
+        leave[i] = true;
+        Leave(pages[first + i], Reason::kFailed);
+        continue;
+      }
+      hashes[i] = HashOf(bytes + i * page_, nodes_[i]);
       index_.Prefetch(hashes[i]);
     }
     if (pool_.source()) AcquireKnown(hashes.data(), n, leave);
     for (std::size_t i = 0; i < n; ++i) {
-      if (!leave[i]) MatchPage(pages[first + i], hashes[i], bytes + i * page_, false);
+      if (!leave[i]) MatchPage(pages[first + i], hashes[i], bytes + i * page_, nodes_[i], false);
     }
     SettleProvisions();
   }
@@ -126,9 +132,13 @@ std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std
   return read;
 }
 
+std::uint64_t Engine::WholeHashOf(const std::byte* bytes, int node) const {
+  return content::Hash(bytes, page_, content::SeedOfNode(seed_, node));
+}
+
 // The half of a hash that is kept.
-std::uint32_t Engine::HashOf(const std::byte* bytes) const {
-  return static_cast<std::uint32_t>(content::Hash(bytes, page_, seed_) >> 32);
+std::uint32_t Engine::HashOf(const std::byte* bytes, int node) const {
+  return static_cast<std::uint32_t>(WholeHashOf(bytes, node) >> 32);
 }
 
 // A frame of this hash and content that may have one more sharer. Where the page continues a run and the frame is the one
@@ -162,13 +172,13 @@ const std::byte* Engine::ReadTwin(Address candidate) {
 }
 
 // `wanted`: another member of the domain has such a page; it is worth a frame although we have it once.
-void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes, bool wanted) {
+void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes, int node, bool wanted) {
   Frame frame = kNoFrame, full = kNoFrame;
   Address twin = 0;
   using Visit = frames::Index::Visit;
   index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
     if (entry.is_frame) {
-      if (pool_.hash(entry.frame) != hash) return Visit::kNext;
+      if (pool_.hash(entry.frame) != hash || !LiesOn(entry.frame, node)) return Visit::kNext;
       frame = FrameWithRoom(entry.frame, page, bytes);
       if (frame != kNoFrame) return Visit::kStop;
       if (content::Equal(pool_.Bytes(entry.frame), bytes, page_)) full = entry.frame;
@@ -178,6 +188,10 @@ void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes,
     const Page known = table_.Load(candidate);
     if (candidate == page || known.state() != PageState::kStill || !known.indexed()) return Visit::kEraseNext;
     if (known.value() != hash) return Visit::kNext;
+    if (by_node_ && NodeNow(candidate) != node) {
+      SeeAgain(candidate);
+      return Visit::kEraseNext;
+    }
     const std::byte* const held = ReadTwin(candidate);
     if (!held) return Visit::kEraseNext;
     if (!content::Equal(held, bytes, page_)) return Visit::kNext;
@@ -185,7 +199,7 @@ void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes,
     return Visit::kEraseStop;
   });
   if (frame == kNoFrame && !twin && wanted) {
-    frame = Publish(hash, bytes, full);
+    frame = Publish(hash, bytes, node, full);
     if (frame == kNoFrame) return LeaveUnpublished(page);
   }
   if (twin) {
@@ -193,7 +207,7 @@ void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes,
       ArmAgain(segment);  // and merged by the next sweep, if nobody has written to it by then
     }
     Set(twin, table_.Load(twin).WithIndexed(false));
-    frame = Publish(hash, bytes, full);
+    frame = Publish(hash, bytes, node, full);
     if (frame == kNoFrame) {
       LeaveUnpublished(twin);
       LeaveUnpublished(page);
@@ -211,15 +225,15 @@ void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes,
   const bool indexed = index_.Insert(hash, {false, kNoFrame, page / page_});
   Set(page, Page().WithState(PageState::kStill).WithValue(hash).WithIndexed(indexed).WithStamp(old.stamp()));
   // All of the hash, of which half has been kept: made once more, from bytes that are in the cache.
-  if (frames::Source* const source = pool_.source(); source && indexed) source->Offer(content::Hash(bytes, page_, seed_));
+  if (frames::Source* const source = pool_.source(); source && indexed) source->Offer(WholeHashOf(bytes, node));
 }
 
 // A frame of this content. It may be planned with from now on, and mapped once it is no provision any more (share.cc).
 // `chain`: a full frame of the same content.
-Frame Engine::Publish(std::uint32_t hash, const std::byte* bytes, Frame chain) {
-  if (pool_.source() && !source_gone_) return Provide(hash, bytes, chain);
+Frame Engine::Publish(std::uint32_t hash, const std::byte* bytes, int node, Frame chain) {
+  if (pool_.source() && !source_gone_) return Provide(hash, bytes, node, chain);
   KSMU_TEST_POINT("publish.begin", reinterpret_cast<Address>(bytes), page_);
-  const Frame frame = WriteFrame(bytes);
+  const Frame frame = WriteFrame(bytes, node);
   if (frame == kNoFrame) return kNoFrame;
   Enter(frame, hash, chain);
   KSMU_TEST_POINT("publish.written", reinterpret_cast<Address>(bytes), page_);
@@ -227,12 +241,17 @@ Frame Engine::Publish(std::uint32_t hash, const std::byte* bytes, Frame chain) {
 }
 
 // Writes a frame of our own. It never changes again.
-Frame Engine::WriteFrame(const std::byte* bytes) {
-  const Frame frame = pool_.Allocate();
+Frame Engine::WriteFrame(const std::byte* bytes, int node) {
+  const Frame frame = pool_.Allocate(by_node_ ? node : os::kNoNode);
   if (frame == kNoFrame) return kNoFrame;
   const os::Partial written =
       system_.WriteFile(pool_.OsFile(frame), pool_.Offset(frame), reinterpret_cast<Address>(bytes), page_);
-  return written.done == page_ ? frame : kNoFrame;  // it has no sharer: the next Reclaim takes it back
+  // If not, it has no sharer: the next Reclaim takes it back.
+  if (written.done != page_) return kNoFrame;
+  if (!by_node_) return frame;
+  // A node without free memory is helped out by another one. What lies there is no frame of this node.
+  static_cast<void>(*static_cast<const volatile std::byte*>(pool_.Bytes(frame)));
+  return NodeNow(reinterpret_cast<Address>(pool_.Bytes(frame))) == node ? frame : kNoFrame;
 }
 
 // Makes the frame known, at the head of the chain of those that hold the same.

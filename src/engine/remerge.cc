@@ -113,6 +113,7 @@ void Engine::TendBroken(const Region& region, Address from, Address to) {
 void Engine::TendRun(const Region& region, Span run) {
   const std::size_t n = run.bytes / page_;
   const std::size_t read = system_.ReadProgram(run.start, buffer_, run.bytes) / page_;
+  FindNodes(run);
   enum Verdict : std::uint8_t { kLeave, kInPlace, kElsewhere };
   std::array<Verdict, kMaxRunPages> verdict{};
   for (std::size_t i = 0; i < read; ++i) {
@@ -121,7 +122,7 @@ void Engine::TendRun(const Region& region, Span run) {
     const Page page = table_.Load(a);
     if (!page.covers()) continue;
     Add(counters_.pages_scanned, 1);
-    if (pool_.Live(page.value()) && content::Equal(bytes, pool_.Bytes(page.value()), page_)) {
+    if (pool_.Live(page.value()) && LiesOn(page.value(), nodes_[i]) && content::Equal(bytes, pool_.Bytes(page.value()), page_)) {
       verdict[i] = kInPlace;
     } else {
       verdict[i] = kElsewhere;

@@ -389,6 +389,9 @@ void Runtime::Run(Command* command, Slot* slot, bool parked) {
     case Command::kHandOver:
       command->result = engine.HandOver(command->span);
       break;
+    case Command::kAcrossNodes:
+      command->result = engine.MergeAcrossNodes(command->across);
+      break;
     case Command::kStop:
       command->result = engine.UnmergeAll(true);
       unmerge_refused_ |= command->result == -ENOMEM;
@@ -469,6 +472,7 @@ bool Runtime::MayRunWhileParked(const Command& command) const {
     case Command::kFind:
     case Command::kRest:
     case Command::kExclude:
+    case Command::kAcrossNodes:
     case Command::kStats:
     case Command::kRegion:
     case Command::kExplain: return true;

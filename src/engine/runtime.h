@@ -77,11 +77,12 @@ struct RuntimeOptions {
 };
 
 struct Command {
-  enum Kind : std::uint8_t { kAdvise, kExclude, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kRest, kHandOver, kCall, kFind, kStats, kRegion, kExplain, kStop };
+  enum Kind : std::uint8_t { kAdvise, kExclude, kUnmerge, kRelease, kDiscard, kUnmap, kMerge, kUnmergeAll, kRest, kHandOver, kAcrossNodes, kCall, kFind, kStats, kRegion, kExplain, kStop };
   Kind kind = kStats;
   Span span;
   bool promise = false, sync_break = false, owned = false;
   std::uint8_t cause = 0;  // kExclude
+  bool across = false;     // kAcrossNodes
   long number = 0;         // kCall: a system call that changes the mappings of the span, to be made for the program
   long arguments[6] = {};
   std::int64_t result = 0;  // 0 or a count, or -errno

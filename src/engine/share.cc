@@ -46,31 +46,9 @@ void Engine::SetSource(Source* source) {
   pool_.SetSource(source);
   replicas_.fill({});
   looking_up_ = source != nullptr;
-  if (!source) return;
   looked_up_to_ = strays_at_ = 0;
   strays_after_ = 0;
-  if (source->seed() == seed_) return;
-  // Another seed, other hashes: what has been seen is looked at again, and frames get what they would have got. Nothing else
-  // in a page's word depends on it, and samples of huge pages find nothing until they are taken anew.
-  seed_ = source->seed();
-  index_.Clear();
-  for (Segment* segment = table_.NextSegment(0); segment; segment = table_.NextSegment(segment->start + kSegmentBytes)) {
-    for (std::size_t i = 0; i < table_.pages_per_segment(); ++i) {
-      Words* const word = table_.Word(segment, i);
-      if (!word) continue;
-      Page page(word->load(std::memory_order_acquire));
-      if (page.state() != PageState::kStill) continue;
-      Change(word, page, Page().WithState(PageState::kFresh).WithStamp(page.stamp()));
-      if (segment->unsettled == 0) segment->unsettled = 1;
-    }
-  }
-  Add(counters_.chains, -counters_.chains.load(std::memory_order_relaxed));
-  Add(counters_.dups, -counters_.dups.load(std::memory_order_relaxed));
-  pool_.ForEachLive([](void* self, Frame frame) {
-    auto& engine = *static_cast<Engine*>(self);
-    const std::uint32_t hash = engine.HashOf(engine.pool_.Bytes(frame));
-    engine.Enter(frame, hash, engine.HeadOf(hash, frame));
-  }, this);
+  Adopt(source ? source->seed() : seed_);
 }
 
 // Asks for all of them. False: nothing has been granted: not yet, or not any more (source_gone_).
@@ -97,17 +75,22 @@ Frame Engine::HeadOf(std::uint32_t hash, Frame frame) {
   Frame head = kNoFrame;
   index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
     if (!entry.is_frame || pool_.hash(entry.frame) != hash) return frames::Index::Visit::kNext;
-    if (!content::Equal(pool_.Bytes(entry.frame), pool_.Bytes(frame), page_)) return frames::Index::Visit::kNext;
+    if (!LiesOn(entry.frame, NodeOf(frame)) || !content::Equal(pool_.Bytes(entry.frame), pool_.Bytes(frame), page_)) {
+      return frames::Index::Visit::kNext;
+    }
     head = entry.frame;
     return frames::Index::Visit::kStop;
   });
   return head;
 }
 
-Frame Engine::TakeGranted(std::uint32_t hash, Frame theirs) {
+Frame Engine::TakeGranted(std::uint32_t hash, Frame theirs, int node) {
   bool known;
   const Frame frame = pool_.Granted(theirs, &known);
-  if (frame != kNoFrame && !known) Enter(frame, hash, HeadOf(hash, frame));
+  if (frame == kNoFrame || known) return frame;
+  // By the hash for which it was granted, which only a frame of that node has.
+  pool_.set_node(frame, by_node_ ? node : os::kNoNode);
+  Enter(frame, hash, HeadOf(hash, frame));
   return frame;
 }
 
@@ -116,8 +99,9 @@ void Engine::AcquireKnown(const std::uint32_t* hashes, std::size_t count, const 
   struct Found {
     Engine* engine;
     std::uint32_t hash;
+    int node;
     std::size_t of_this_hash, count;
-  } found{this, 0, 0, 0};
+  } found{this, 0, 0, 0, 0};
   if (source_gone_ || pool_.source()->Busy()) return;
   for (std::size_t i = 0; i < count; ++i) pool_.source()->Prefetch(hashes[i]);
   for (std::size_t i = 0; i < count && found.count + kMostOfAHash <= Source::kMaxWants; ++i) {
@@ -129,6 +113,7 @@ void Engine::AcquireKnown(const std::uint32_t* hashes, std::size_t count, const 
     });
     if (known) continue;
     found.hash = hashes[i];
+    found.node = nodes_[i];
     found.of_this_hash = 0;
     pool_.source()->Lookup(hashes[i], [](void* cookie, Frame theirs) {
       Found& f = *static_cast<Found*>(cookie);
@@ -137,19 +122,20 @@ void Engine::AcquireKnown(const std::uint32_t* hashes, std::size_t count, const 
       for (std::size_t k = 0; k < f.count; ++k) {
         if (wants[k].theirs == theirs) return true;
       }
-      wants[f.count++] = {Source::Want::kAcquire, f.hash, 0, theirs};
+      wants[f.count++] = {Source::Want::kAcquire, f.hash, 0, theirs, f.node};
       return ++f.of_this_hash < kMostOfAHash;
     }, &found);
   }
   if (found.count == 0 || !Ask(wants_, found.count)) return;
   for (std::size_t i = 0; i < found.count; ++i) {
-    if (wants_[i].theirs != kNoFrame) TakeGranted(wants_[i].hash, wants_[i].theirs);
+    if (wants_[i].theirs != kNoFrame) TakeGranted(wants_[i].hash, wants_[i].theirs, wants_[i].node);
   }
 }
 
-Frame Engine::Provide(std::uint32_t hash, const std::byte* bytes, Frame chain) {
+Frame Engine::Provide(std::uint32_t hash, const std::byte* bytes, int node, Frame chain) {
   const Frame provision = pool_.Provision();
   if (provision == kNoFrame) return kNoFrame;
+  provided_for_[Pool::RingPlace(provision)] = node;
   std::memcpy(pool_.ProvisionBytes(provision), bytes, page_);
   Enter(provision, hash, chain);
   return provision;
@@ -163,16 +149,16 @@ void Engine::SettleProvisions() {
     Frame beside = pool_.next(provision);
     while (beside != kNoFrame && IsLeftAlone(beside)) beside = pool_.next(beside);
     const auto kind = beside == kNoFrame ? Source::Want::kPublish : Source::Want::kReplica;
-    wants_[i] = {kind, pool_.hash(provision), static_cast<std::uint32_t>(i), kNoFrame};
+    wants_[i] = {kind, pool_.hash(provision), static_cast<std::uint32_t>(i), kNoFrame, provided_for_[i]};
   }
   // The chains as they were without them.
   for (std::size_t i = count; i-- > 0;) ForgetFrame(this, Pool::ProvisionAt(i));
   const bool there = Ask(wants_, count);
   for (std::size_t i = 0; i < count; ++i) {
     const std::byte* const bytes = pool_.Bytes(Pool::ProvisionAt(i));
-    Frame frame = there && wants_[i].theirs != kNoFrame ? TakeGranted(wants_[i].hash, wants_[i].theirs) : kNoFrame;
+    Frame frame = there && wants_[i].theirs != kNoFrame ? TakeGranted(wants_[i].hash, wants_[i].theirs, wants_[i].node) : kNoFrame;
     if (frame == kNoFrame && source_gone_) {
-      frame = WriteFrame(bytes);
+      frame = WriteFrame(bytes, wants_[i].node);
       if (frame != kNoFrame) Enter(frame, wants_[i].hash, HeadOf(wants_[i].hash, frame));
     }
     settled_[i] = frame;
@@ -200,8 +186,8 @@ void Engine::ReplaceProvisions(Planned* plan, std::size_t* count) {
   *count = kept;
 }
 
-Frame Engine::PublishNow(std::uint32_t hash, const std::byte* bytes, Frame chain) {
-  const Frame frame = Publish(hash, bytes, chain);
+Frame Engine::PublishNow(std::uint32_t hash, const std::byte* bytes, int node, Frame chain) {
+  const Frame frame = Publish(hash, bytes, node, chain);
   if (frame == kNoFrame || !Pool::IsProvision(frame)) return frame;
   SettleProvisions();
   return settled_[0];
@@ -217,7 +203,7 @@ bool Engine::HearNews() {
     news.wanted = [](void* self, std::uint32_t hash) { static_cast<Engine*>(self)->NoteNews(hash, true); };
     news.published = [](void* self, std::uint32_t hash, Frame) { static_cast<Engine*>(self)->NoteNews(hash, false); };
     pool_.AnswerBegins();
-    news.granted = [](void* self, std::uint32_t hash, Frame theirs) { static_cast<Engine*>(self)->TakeGranted(hash, theirs); };
+    news.granted = [](void* self, const Source::Want& asked) { static_cast<Engine*>(self)->TakeGranted(asked.hash, asked.theirs, asked.node); };
     news.missed = [](void* self) {
       auto& engine = *static_cast<Engine*>(self);
       engine.looking_up_ = true;
@@ -252,10 +238,12 @@ void Engine::LookUpKnown() {
     if (count == 0) return;
     std::byte* const bytes = ReadBuffer(count);
     Add(counters_.pages_scanned, static_cast<std::int64_t>(ReadPages(unknown.data(), count, bytes)));
+    FindNodes(unknown.data(), count);
     for (std::size_t i = 0; i < count; ++i) {
-      const std::uint64_t hash = content::Hash(bytes + i * page_, page_, seed_);
+      const std::uint64_t hash = WholeHashOf(bytes + i * page_, nodes_[i]);
       const bool same = !(unread_[i / 64] >> i % 64 & 1) && hash >> 32 == table_.Load(unknown[i]).value();
       if (same) pool_.source()->Offer(hash);
+      else if (by_node_) SeeAgain(unknown[i]);
     }
     count = 0;
   };
@@ -308,14 +296,17 @@ void Engine::MatchNews() {
     twins_read_ = {};
     std::byte* const bytes = ReadBuffer(count);
     Add(counters_.pages_scanned, static_cast<std::int64_t>(ReadPages(pages.data(), count, bytes)));
+    FindNodes(pages.data(), count);
     PortionBits leave;
     for (std::size_t i = 0; i < count; ++i) {
       // Written since, or not there: its sweep will see to it.
-      leave[i] = (unread_[i / 64] >> i % 64 & 1) || HashOf(bytes + i * page_) != hashes[i];
+      leave[i] = (unread_[i / 64] >> i % 64 & 1) || HashOf(bytes + i * page_, nodes_[i]) != hashes[i];
+      // Not if it has been moved to another node, which no sweep sees.
+      if (by_node_ && leave[i]) SeeAgain(pages[i]);
     }
     AcquireKnown(hashes.data(), count, leave);
     for (std::size_t i = 0; i < count; ++i) {
-      if (!leave[i]) MatchPage(pages[i], hashes[i], bytes + i * page_, wanted[i]);
+      if (!leave[i]) MatchPage(pages[i], hashes[i], bytes + i * page_, nodes_[i], wanted[i]);
     }
     SettleProvisions();
     const auto by_page = [](const Planned& a, const Planned& b) { return a.page < b.page; };

@@ -61,6 +61,8 @@ int Engine::Start() {
   twins_ = plan_ + kMaxSegmentPages;
   if (int error = forks_.Start()) return error;
   index_.SetHashOf(&Engine::HashOfEntry, this);
+  across_nodes_ = tunables_.merge_across_nodes.load(std::memory_order_relaxed) != 0;
+  Adopt(seed_);
   return gate_.Start();
 }
 

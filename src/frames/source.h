@@ -34,11 +34,14 @@ class Source {
     std::uint32_t hash = 0;
     std::uint32_t place = 0;
     Frame theirs = kNoFrame;  // kAcquire: which; afterwards what was granted, or kNoFrame
+    int node = 0;             // of the page; 0 in a domain that merges across nodes
   };
 
   virtual ~Source() = default;
 
   virtual std::uint64_t seed() const = 0;  // of the domain's hashes
+  // False: hashes are by node (content::SeedOfNode), and so are the frames that are granted for them.
+  virtual bool merges_across_nodes() const { return true; }
   // Where contents are put that are to be published.
   virtual std::byte* ring() = 0;
   virtual std::size_t ring_pages() const = 0;
@@ -68,7 +71,7 @@ class Source {
     void* cookie = nullptr;
     void (*wanted)(void* cookie, std::uint32_t hash) = nullptr;                    // somebody else has such a page
     void (*published)(void* cookie, std::uint32_t hash, Frame theirs) = nullptr;  // there is such a frame
-    void (*granted)(void* cookie, std::uint32_t hash, Frame theirs) = nullptr;    // what was asked for: held from now on
+    void (*granted)(void* cookie, const Want& asked) = nullptr;                    // `theirs` of it is held from now on
     void (*missed)(void* cookie) = nullptr;  // more was published than is known: look everything up
   };
   virtual bool Serve(const News& news) = 0;
