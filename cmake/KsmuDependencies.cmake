@@ -10,6 +10,14 @@ if(NOT KSMU_HAVE_SDT)
   message(STATUS "sys/sdt.h not found (systemtap-sdt-dev): built without USDT probes")
 endif()
 
+# Of the broker alone: the library and the shim make their few calls themselves.
+pkg_check_modules(LIBNUMA IMPORTED_TARGET numa)
+if(LIBNUMA_FOUND)
+  set(KSMU_LIBNUMA_LINK PkgConfig::LIBNUMA)
+else()
+  message(STATUS "numa.h not found (libnuma-dev): ksmud is built without --merge-across-nodes 0")
+endif()
+
 # A library that is preloaded should drag in as few others as it can. Debian's liburing.a is position-independent;
 # others' may not be, so try.
 set(KSMU_LIBURING_LINK PkgConfig::LIBURING)

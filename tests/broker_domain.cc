@@ -12,6 +12,8 @@
 #include <set>
 #include <vector>
 
+#include "content/content.h"
+
 namespace ksmu::broker {
 namespace {
 
@@ -68,7 +70,18 @@ class FakeFiles : public Domain::Files {
   }
   bool Holds(Frame frame, const std::byte* page) override { return bytes.contains(frame) && std::memcmp(bytes[frame].data(), page, kPage) == 0; }
 
+  bool HasNode(std::uint32_t node) override { return node < 3; }
+  int Bind(Frame first, std::size_t count, std::uint32_t node) override {
+    if (node == 2) return -ENOMEM;
+    EXPECT_EQ(first % Domain::kChunk, 0u);
+    EXPECT_EQ(count, Domain::kChunk);
+    for (Frame f = first; f < first + count; ++f) EXPECT_FALSE(bytes.contains(f) || (covered && covered->contains(f))) << "bound while in use";
+    nodes[first / Domain::kChunk] = node;
+    return 0;
+  }
+
   std::map<Frame, PageBytes> bytes;
+  std::map<Frame, std::uint32_t> nodes;  // of chunks
   std::multiset<Frame>*held = nullptr, *covered = nullptr;
   std::size_t files = 0;
   int may_add = 100, may_write = 1;
@@ -95,11 +108,12 @@ struct World {
     EXPECT_EQ(wrong != nullptr, hostile) << (wrong ? wrong : "");
     return answers;
   }
-  std::vector<std::uint32_t> Publish(std::uint16_t member, const std::vector<Content>& contents, SettleEntry::What what = SettleEntry::kPublish) {
+  std::vector<std::uint32_t> Publish(std::uint16_t member, const std::vector<Content>& contents, SettleEntry::What what = SettleEntry::kPublish, int node = 0) {
     std::vector<SettleEntry> entries;
     for (std::size_t i = 0; i < contents.size(); ++i) {
       ring[i] = PageOf(contents[i]);
-      entries.push_back({what, HashOf(ring[i].data(), kPage, 5), static_cast<std::uint32_t>(i), 0});
+      const std::uint64_t seed = content::SeedOfNode(5, node);
+      entries.push_back({what, HashOf(ring[i].data(), kPage, seed), static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(node)});
     }
     return Settle(member, entries);
   }
@@ -219,6 +233,52 @@ TEST(Domain, HostileMembersAndShortages) {
     ++got;
   }
   EXPECT_EQ(world.domain.frames_live(), Domain::kFramesPerFile);
+}
+
+TEST(Domain, NodesAreKeptApart) {
+  World world;
+  world.domain.KeepNodesApart();
+  const std::uint16_t a = world.domain.Join(), b = world.domain.Join();
+  constexpr auto kPublish = SettleEntry::kPublish;
+  const auto here = world.Publish(a, {1000, 1001}, kPublish, 0), there = world.Publish(a, {1000, 1001}, kPublish, 1);
+  EXPECT_EQ(world.domain.frames_live(), 4u);
+  EXPECT_EQ(here[1], here[0] + 1) << "a stretch on each node";
+  EXPECT_EQ(there[1], there[0] + 1);
+  const auto node_of = [&](Frame f) { return world.files.nodes.at(f / Domain::kChunk); };
+  EXPECT_EQ(node_of(here[0]), 0u);
+  EXPECT_EQ(node_of(there[0]), 1u);
+  EXPECT_EQ(world.Publish(b, {1001}, kPublish, 1)[0], there[1]);
+  EXPECT_EQ(world.Publish(b, {1001}, kPublish, 0)[0], here[1]);
+  // The hash says of which node it is; a page of one does not pass for a page of the other.
+  world.ring[0] = PageOf(1002);
+  world.Settle(a, {{kPublish, HashOf(world.ring[0].data(), kPage, 5), 0, 1}}, true);
+  world.Settle(a, {{kPublish, HashOf(world.ring[0].data(), kPage, content::SeedOfNode(5, 3)), 0, 3}}, true);
+  EXPECT_EQ(world.Publish(a, {1002}, kPublish, 2)[0], wire::kNoFrame) << "a node that gives no memory";
+  EXPECT_NE(world.Publish(a, {1002}, kPublish, 1)[0], wire::kNoFrame);
+  world.domain.Gone(a);
+  world.domain.Gone(b);
+  EXPECT_EQ(world.domain.frames_given_out(), 0u);
+  // Chunks that nobody uses change their node when they are used again.
+  const std::uint16_t c = world.domain.Join();
+  std::set<Frame> chunks;
+  std::vector<std::uint32_t> got;
+  for (Content i = 0; i < 4 * Domain::kChunk; ++i) {
+    const Frame f = world.Publish(c, {10'050 + 100 * i}, kPublish, 1)[0];
+    ASSERT_NE(f, wire::kNoFrame);
+    ASSERT_EQ(node_of(f), 1u);
+    chunks.insert(f / Domain::kChunk);
+    got.push_back(f);
+  }
+  EXPECT_TRUE(chunks.contains(here[0] / Domain::kChunk));
+  EXPECT_EQ(world.domain.Release(c, got.data(), got.size()), nullptr);
+  for (Content i = 0; i < 4 * Domain::kChunk; ++i) ASSERT_EQ(node_of(world.Publish(c, {10'050 + 100 * i}, kPublish, 0)[0]), 0u);
+}
+
+TEST(Domain, WithoutNodesThereIsNone) {
+  World world;
+  const std::uint16_t a = world.domain.Join();
+  world.ring[0] = PageOf(1);
+  world.Settle(a, {{SettleEntry::kPublish, HashOf(world.ring[0].data(), kPage, content::SeedOfNode(5, 1)), 0, 1}}, true);
 }
 
 TEST(Domain, OffersMeet) {

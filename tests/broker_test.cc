@@ -144,7 +144,11 @@ TEST(Wire, NumbersOutOfRangeAreRefused) {
     EXPECT_TRUE(refused(p, Sender::kMember));
     p.message->settle[1] = {wire::SettleEntry::kAcquire, 1, wire::kFrameLimit - 1, 0};
     EXPECT_FALSE(refused(p, Sender::kMember));
-    p.message->settle[1].reserved = 1;
+    p.message->settle[1].node = 1;
+    EXPECT_TRUE(refused(p, Sender::kMember));
+    p.message->settle[1] = {wire::SettleEntry::kPublish, 1, 0, wire::kMaxNodes - 1};
+    EXPECT_FALSE(refused(p, Sender::kMember));
+    p.message->settle[1].node = wire::kMaxNodes;
     EXPECT_TRUE(refused(p, Sender::kMember));
   }
   for (const auto& [kind, from, number, wrong] :
@@ -164,7 +168,9 @@ TEST(Wire, NumbersOutOfRangeAreRefused) {
   joined.message->joined.log_entries = 48;
   EXPECT_TRUE(refused(joined, Sender::kBroker));
   joined.message->joined.log_entries = 64;
-  joined.message->joined.reserved = 1;
+  joined.message->joined.by_node = 1;
+  EXPECT_FALSE(refused(joined, Sender::kBroker));
+  joined.message->joined.by_node = 2;
   EXPECT_TRUE(refused(joined, Sender::kBroker));
 }
 

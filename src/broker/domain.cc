@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/longest_run.h"
+#include "content/content.h"
 
 namespace ksmu::broker {
 
@@ -66,7 +67,9 @@ void Domain::Leave(std::uint16_t member) {
   Member& m = members_[member];
   m.state = Member::kLeft;
   // What it has not filled nobody maps.
-  for (; m.next != m.end; ++m.next) Free(m.next);
+  for (Stretch& s : m.stretches) {
+    for (; s.next != s.end; ++s.next) Free(s.next);
+  }
 }
 
 bool Domain::Gone(std::uint16_t member, std::size_t most) {
@@ -144,13 +147,20 @@ void Domain::Tend(std::vector<Frame>& touched) {
 
 // A stretch of places for a member to fill: a fresh chunk; or, once a fair part of all has been used before, the longest run of
 // free places of a chunk.
-bool Domain::Stretch(Member& member) {
+bool Domain::Fill(Stretch& stretch) {
   constexpr std::size_t kChunks = kFramesPerFile / kChunk;
   const auto give = [&](Frame first, std::size_t count) {
     for (std::size_t i = 0; i < count; ++i) Info(static_cast<Frame>(first + i)).state = FrameInfo::kGivenOut;
-    member.next = first;
-    member.end = static_cast<Frame>(first + count);
+    stretch.next = first;
+    stretch.end = static_cast<Frame>(first + count);
     given_out_ += count;
+    return true;
+  };
+  // The chunk is the node's from now on. Only where nothing of it is in use.
+  const auto take = [&](std::size_t chunk) {
+    std::uint16_t& node = files_[chunk / kChunks]->nodes[chunk % kChunks];
+    if (by_node_ && storage_.Bind(static_cast<Frame>(chunk * kChunk), kChunk, stretch.node) != 0) return false;
+    node = static_cast<std::uint16_t>(stretch.node);
     return true;
   };
   const auto recycle = [&] {
@@ -158,6 +168,7 @@ bool Domain::Stretch(Member& member) {
       File& file = *files_[cursor_ / kChunks];
       std::uint16_t& free = file.free[cursor_ % kChunks];
       if (free == 0) continue;
+      if (file.nodes[cursor_ % kChunks] != stretch.node && (free < kChunk || !take(cursor_))) continue;
       const std::size_t base = cursor_ % kChunks * kChunk;
       const base::Stretch best = base::LongestRun(base, base + kChunk, [&](std::size_t i) { return file.frames[i].state == FrameInfo::kFree; });
       free = static_cast<std::uint16_t>(free - best.count);
@@ -171,17 +182,25 @@ bool Domain::Stretch(Member& member) {
     if (files_.size() == wire::kMaxFiles || storage_.Add() != 0) return recycle();
     files_.push_back(std::make_unique<File>());
   }
+  if (!take(chunks_used_)) return recycle();
   return give(static_cast<Frame>(chunks_used_++ * kChunk), kChunk);
 }
 
+Domain::Stretch& Domain::StretchOf(Member& member, std::uint32_t node) {
+  for (Stretch& stretch : member.stretches) {
+    if (stretch.node == node) return stretch;
+  }
+  return member.stretches.emplace_back(Stretch{node});
+}
+
 // page_ is what is to be published.
-Frame Domain::Publish(Member& member, std::uint64_t hash64, bool replica) {
+Frame Domain::Publish(Member& member, std::uint64_t hash64, std::uint32_t node, bool replica) {
   const auto hash = static_cast<std::uint32_t>(hash64 >> 32);
   Frame same = wire::kNoFrame;
   int contents = 0, replicas = 0;
   reader_.Lookup(hash, [&](Frame frame) {
     // Behind one that is the same all count as such: to compare each would take long, and where the hash is, so is the content.
-    if (same != wire::kNoFrame || storage_.Holds(frame, page_.data())) {
+    if (same != wire::kNoFrame || (NodeOf(frame) == node && storage_.Holds(frame, page_.data()))) {
       if (same == wire::kNoFrame) same = frame;
       return replica ? ++replicas < kMaxReplicas : false;
     }
@@ -190,10 +209,11 @@ Frame Domain::Publish(Member& member, std::uint64_t hash64, bool replica) {
   if (contents >= kMaxContents) return wire::kNoFrame;
   // Of replicas there are enough at some time.
   if (same != wire::kNoFrame && (!replica || replicas >= kMaxReplicas)) return same;
-  if (live_ >= most_frames_ || (member.next == member.end && !Stretch(member))) return wire::kNoFrame;
-  const Frame frame = member.next;
+  Stretch& stretch = StretchOf(member, node);
+  if (live_ >= most_frames_ || (stretch.next == stretch.end && !Fill(stretch))) return wire::kNoFrame;
+  const Frame frame = stretch.next;
   if (storage_.Write(frame, page_.data()) != 0 || !index_.Insert(hash, frame)) return wire::kNoFrame;
-  ++member.next;
+  ++stretch.next;
   Info(frame) = {hash, 0, 0, FrameInfo::kLive};
   ++live_;
   candidates_.Forget(hash64);
@@ -210,11 +230,12 @@ const char* Domain::Settle(std::uint16_t number, const SettleEntry* entries, std
       const bool is_it = Exists(entry.place) && Info(entry.place).state == FrameInfo::kLive && Info(entry.place).hash == entry.hash;
       if (is_it) frame = entry.place;
     } else {
+      if (by_node_ ? !storage_.HasNode(entry.node) : entry.node != 0) return "a page of a node that there is not";
       // From here on the member can do to its ring what it likes.
       copy(cookie, entry.place, page_.data());
-      const std::uint64_t hash = hash_(page_.data(), page_bytes_, seed_);
+      const std::uint64_t hash = hash_(page_.data(), page_bytes_, content::SeedOfNode(seed_, static_cast<int>(entry.node)));
       if (hash >> 32 != entry.hash) return "a page that has not the hash that was claimed";
-      frame = Publish(member, hash, entry.what == SettleEntry::kReplica);
+      frame = Publish(member, hash, entry.node, entry.what == SettleEntry::kReplica);
     }
     if (frame != wire::kNoFrame) Hold(member, frame);
     answers[i] = frame;

@@ -10,6 +10,10 @@
 //
 // Frames are numbered in the order of publishing within a stretch that is the member's own, so that what it publishes in address
 // order is one mapping, whoever publishes beside it.
+//
+// Where NUMA nodes are kept apart a chunk of places belongs to a node, from which its memory is taken, and a member has a stretch
+// on each; a chunk of which nothing is in use can be given to another node. Hashes are seeded by node, and so all that goes by
+// them is apart by itself.
 #pragma once
 
 #include <array>
@@ -41,6 +45,9 @@ class Domain {
     virtual int Write(Frame frame, const std::byte* page) = 0;
     virtual int Punch(Frame first, std::size_t count) = 0;  // within one file
     virtual bool Holds(Frame frame, const std::byte* page) = 0;
+    // NUMA nodes: whether there is such a one; what is written to these frames from now on is taken from it, or Write fails.
+    virtual bool HasNode(std::uint32_t) { return false; }
+    virtual int Bind(Frame, std::size_t, std::uint32_t) { return -1; }
   };
   // Its upper half names contents, in the index and in messages; all of it tells offers apart.
   using Hash = std::uint64_t (*)(const std::byte* page, std::size_t bytes, std::uint64_t seed);
@@ -55,6 +62,9 @@ class Domain {
   // Nobody can map any more what it held: it is given up, `most` blocks of frames or of offers in a call, since a large member's
   // take longer than others are to wait. True: that was all, and its number is free.
   bool Gone(std::uint16_t member, std::size_t most = ~std::size_t{0});
+  // From the beginning on, pages of different NUMA nodes are not merged.
+  void KeepNodesApart() { by_node_ = true; }
+  bool by_node() const { return by_node_; }
   // No more live frames than that: what would be one more is refused.
   void LimitTo(std::size_t frames) { most_frames_ = frames; }
 
@@ -87,6 +97,7 @@ class Domain {
   struct File {
     std::vector<FrameInfo> frames = std::vector<FrameInfo>(kFramesPerFile);
     std::array<std::uint16_t, kFramesPerFile / kChunk> free{};  // of the frames of each chunk that is in use
+    std::array<std::uint16_t, kFramesPerFile / kChunk> nodes{};
   };
   // A set of frames: bits, in blocks that are there where there are any.
   class FrameSet {
@@ -107,11 +118,16 @@ class Domain {
     };
     std::vector<std::unique_ptr<Block>> blocks_;
   };
+  // Places for a member to fill.
+  struct Stretch {
+    std::uint32_t node = 0;
+    Frame next = 0, end = 0;
+  };
   struct Member {
     enum State : std::uint8_t { kNone, kHere, kLeft } state = kNone;
-    std::size_t forgotten = 0;    // shards of the offers that have none of its any more
-    Frame next = 0, end = 0;      // its stretch
-    FrameSet held, dropped;       // disjoint
+    std::size_t forgotten = 0;       // shards of the offers that have none of its any more
+    std::vector<Stretch> stretches;  // one for each node that it has published from
+    FrameSet held, dropped;          // disjoint
   };
 
   FrameInfo& Info(Frame frame) { return files_[frame / kFramesPerFile]->frames[frame % kFramesPerFile]; }
@@ -119,8 +135,10 @@ class Domain {
   void Hold(Member& member, Frame frame);
   void Free(Frame frame);
   void Tend(std::vector<Frame>& touched);
-  bool Stretch(Member& member);
-  Frame Publish(Member& member, std::uint64_t hash, bool replica);
+  std::uint32_t NodeOf(Frame frame) const { return files_[frame / kFramesPerFile]->nodes[frame % kFramesPerFile / kChunk]; }
+  Stretch& StretchOf(Member& member, std::uint32_t node);
+  bool Fill(Stretch& stretch);
+  Frame Publish(Member& member, std::uint64_t hash, std::uint32_t node, bool replica);
 
   Files& storage_;
   IndexWriter& index_;
@@ -133,6 +151,7 @@ class Domain {
   std::vector<Member> members_;
   std::size_t chunks_used_ = 0;  // chunks below have been given out before
   std::size_t cursor_ = 0;
+  bool by_node_ = false;
   std::size_t most_frames_ = wire::kFrameLimit;
   std::size_t live_ = 0, given_out_ = 0, recycled_ = 0;
   std::vector<std::byte> page_;  // the broker's own copy of what is being published

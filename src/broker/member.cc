@@ -106,6 +106,7 @@ int Member::Finish(os::ErrorText* why) {
 
 int Member::Admitted(int index_fd, int canary_fd, os::ErrorText* why) {
   seed_ = in_.joined.seed;
+  by_node_ = in_.joined.by_node != 0;
   index_bytes_ = in_.joined.index_bytes;
   index_fd_ = index_fd;
   const bool sound = in_.joined.log_entries == kLogEntries && index_bytes_ == kIndexFileBytes && os::SizeOf(index_fd_) == index_bytes_;
@@ -263,7 +264,9 @@ Member::Answer Member::Settle(Want* wants, std::size_t count) {
   if (!SendGivenUp()) return channel_.open() ? Answer::kLater : Answer::kGone;
   out_.header = {0, Kind::kSettle, static_cast<std::uint16_t>(count), 0, 0};
   for (std::size_t i = 0; i < count; ++i) {
-    out_.settle[i] = {asked_[i].kind, asked_[i].hash, asked_[i].kind == Want::kAcquire ? asked_[i].theirs : asked_[i].place, 0};
+    const Want& asked = asked_[i];
+    const bool acquired = asked.kind == Want::kAcquire;
+    out_.settle[i] = {asked.kind, asked.hash, acquired ? asked.theirs : asked.place, acquired ? 0 : static_cast<std::uint32_t>(asked.node)};
   }
   asked_count_ = count;
   const Answer asked = AskFor(Kind::kSettled, -1);

@@ -38,6 +38,7 @@ class Member final : public frames::Source {
   void Leave();
 
   std::uint64_t seed() const override { return seed_; }
+  bool merges_across_nodes() const override { return !by_node_; }
   std::byte* ring() override { return ring_; }
   std::size_t ring_pages() const override { return wire::kRingPages; }
   Answer Settle(Want* wants, std::size_t count) override;
@@ -84,6 +85,7 @@ class Member final : public frames::Source {
   std::byte* index_ = nullptr;
   std::size_t index_bytes_ = 0, index_mapped_ = 0;
   std::uint64_t seed_ = 0, log_position_ = 0;
+  bool by_node_ = false;
   std::uint32_t number_ = 0;         // of the last question
   wire::Kind awaited_ = kNothing;    // its answer, if that has not come
   std::uint64_t asked_at_ = 0;       // ms

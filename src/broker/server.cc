@@ -148,6 +148,7 @@ Server::Home* Server::HomeFor(const Connection& conn) {
   made->index = std::make_unique<IndexWriter>(made->storage.index(), &Storage::PunchIndex, &made->storage);
   made->reader = std::make_unique<IndexReader>(made->storage.index(), kIndexFileBytes);
   made->domain = std::make_unique<Domain>(made->storage, *made->index, *made->reader, config_.page_bytes, config_.seed, &HashOf);
+  if (config_.by_node) made->domain->KeepNodesApart();
   home = std::move(made);
   return home.get();
 }
@@ -199,7 +200,7 @@ void Server::Join(Connection& conn, std::vector<Fd>& descriptors) {
   home->connected[number] = &conn;
   LogMember(Level::kInfo, home->name, conn.who, "joined");
   out_.header = {0, Kind::kJoined, 1, in_.header.number, 0};
-  out_.joined = {config_.seed, kIndexFileBytes, kLogEntries, number, 0};
+  out_.joined = {config_.seed, kIndexFileBytes, kLogEntries, number, config_.by_node};
   const int given[] = {home->storage.index_for_members(), conn.canary.for_member()};
   Answer(conn, given, 2);
   // Else it is given away when it has been sent.

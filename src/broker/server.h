@@ -59,6 +59,7 @@ class Server {
     std::function<void(std::vector<Fd>)> dispose;
     std::size_t most_frames = wire::kFrameLimit;  // of all domains together
     std::int64_t unknown_user = -1;  // what users look like that cannot be told apart here: no domain is for them alone
+    bool by_node = false;  // pages of different NUMA nodes are not merged; where nodes::WhyNot says nothing against it
   };
   Server(Config config, Outbox& outbox);
   ~Server();

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "broker/nodes.h"
 #include "os/uapi.h"
 
 namespace ksmu::broker {
@@ -63,6 +64,9 @@ void Fd::Reset(int fd) {
 
 Storage::~Storage() {
   if (index_) munmap(index_, kIndexFileBytes);
+  for (const File& file : files_) {
+    if (file.mapped) munmap(const_cast<std::byte*>(file.mapped), kFramesPerFile * page_bytes_);
+  }
 }
 
 // Members read it through mappings of their own, which a shorter file would turn into SIGBUS: its length is for good.
@@ -102,7 +106,10 @@ int Storage::Write(Frame frame, const std::byte* page) {
     if (n == 0) return -EIO;
     done += static_cast<std::size_t>(n);
   }
-  return 0;
+  if (LiesRight(frame)) return 0;
+  // Written again it would stay where it is.
+  Punch(frame, 1);
+  return -ENOMEM;
 }
 
 int Storage::Punch(Frame first, std::size_t count) {
@@ -112,6 +119,35 @@ int Storage::Punch(Frame first, std::size_t count) {
 bool Storage::Holds(Frame frame, const std::byte* page) {
   const ssize_t n = Repeat([&] { return pread(OwnFile(frame), looked_at_.data(), page_bytes_, OffsetOf(frame)); });
   return n == static_cast<ssize_t>(page_bytes_) && std::memcmp(looked_at_.data(), page, page_bytes_) == 0;
+}
+
+// --- nodes -----------------------------------------------------------------------------------------------------------
+
+bool Storage::HasNode(std::uint32_t node) { return nodes::Has(node); }
+
+int Storage::Bind(Frame first, std::size_t count, std::uint32_t node) {
+  File& file = files_[first / kFramesPerFile];
+  if (!file.mapped) {
+    void* const at = mmap(nullptr, kFramesPerFile * page_bytes_, PROT_READ, MAP_SHARED, file.own.get(), 0);
+    if (at == MAP_FAILED) return -errno;
+    file.mapped = static_cast<const std::byte*>(at);
+    file.nodes.assign(kFramesPerFile / kChunk, -1);
+  }
+  // By a mapping of its own, since the other one would be cut into as many as there are changes of node.
+  void* const part = mmap(nullptr, count * page_bytes_, PROT_READ, MAP_SHARED, file.own.get(), OffsetOf(first));
+  if (part == MAP_FAILED) return -errno;
+  const int error = nodes::Prefer(part, count * page_bytes_, node);
+  munmap(part, count * page_bytes_);
+  if (error) return error;
+  file.nodes[first % kFramesPerFile / kChunk] = static_cast<int>(node);
+  return 0;
+}
+
+// A node without free memory is helped out by another one.
+bool Storage::LiesRight(Frame frame) const {
+  const File& file = files_[frame / kFramesPerFile];
+  if (!file.mapped) return true;
+  return nodes::NodeOf(file.mapped + OffsetOf(frame)) == file.nodes[frame % kFramesPerFile / kChunk];
 }
 
 // --- ring ------------------------------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ class Storage final : public Domain::Files {
   int Write(Frame frame, const std::byte* page) override;
   int Punch(Frame first, std::size_t count) override;
   bool Holds(Frame frame, const std::byte* page) override;
+  bool HasNode(std::uint32_t node) override;
+  int Bind(Frame first, std::size_t count, std::uint32_t node) override;
 
   // What members get: opened for reading only. -1: there is no such file.
   int index_for_members() const { return index_read_only_.get(); }
@@ -54,10 +56,14 @@ class Storage final : public Domain::Files {
  private:
   struct File {
     Fd own, read_only;
+    // Where nodes are kept apart: mapped, to tell where its pages lie; and to which node each chunk is bound.
+    const std::byte* mapped = nullptr;
+    std::vector<int> nodes;
   };
+  bool LiesRight(Frame frame) const;
   int OwnFile(Frame frame) const { return files_[frame / kFramesPerFile].own.get(); }
   long OffsetOf(Frame frame) const { return static_cast<long>(frame % kFramesPerFile * page_bytes_); }
-  static constexpr std::size_t kFramesPerFile = Domain::kFramesPerFile;
+  static constexpr std::size_t kFramesPerFile = Domain::kFramesPerFile, kChunk = Domain::kChunk;
 
   const std::size_t page_bytes_;
   std::vector<File> files_;

@@ -50,7 +50,7 @@ const char* CheckSettle(const Message& m) {
   for (std::size_t i = 0; i < m.header.count; ++i) {
     const SettleEntry& e = m.settle[i];
     if (e.what == 0 || e.what >= SettleEntry::kWhatCount) return "an unknown request for a frame";
-    if (e.reserved != 0) return "reserved bits of a request for a frame";
+    if (e.node >= (e.what == SettleEntry::kAcquire ? 1 : kMaxNodes)) return "a node out of range";
     if (e.place >= (e.what == SettleEntry::kAcquire ? kFrameLimit : kRingPages)) return "a place out of range";
   }
   return nullptr;
@@ -80,7 +80,7 @@ const char* CheckEntries(const Message& m) {
     case Kind::kJoin: return m.join.reserved != 0 ? "reserved bits of a join" : nullptr;
     case Kind::kJoined: {
       const bool power = m.joined.log_entries && (m.joined.log_entries & (m.joined.log_entries - 1)) == 0;
-      return m.joined.reserved != 0 ? "reserved bits of an answer" : power ? nullptr : "a log of an odd length";
+      return m.joined.by_node > 1 ? "reserved bits of an answer" : power ? nullptr : "a log of an odd length";
     }
     case Kind::kSettle: return CheckSettle(m);
     case Kind::kOffer:

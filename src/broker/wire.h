@@ -21,6 +21,7 @@ inline constexpr std::uint32_t kFramesPerFile = 65536;
 inline constexpr std::uint32_t kFrameLimit = 1u << 28;  // as many as a page word can name
 inline constexpr std::uint32_t kRingPages = 512;        // of a member's ring
 inline constexpr std::uint32_t kMaxFiles = kFrameLimit / kFramesPerFile;
+inline constexpr std::uint32_t kMaxNodes = 1024;        // NUMA nodes: numbers below
 inline constexpr std::uint32_t kNoFrame = ~std::uint32_t{0};
 
 enum class Kind : std::uint16_t {
@@ -63,7 +64,7 @@ struct JoinedEntry {
   std::uint64_t index_bytes = 0;  // of the file that holds it, at the most
   std::uint64_t log_entries = 0;  // a power of two
   std::uint32_t member = 0;
-  std::uint32_t reserved = 0;
+  std::uint32_t by_node = 0;      // 1: pages of different NUMA nodes are not merged, and hashes are seeded by node
 };
 
 struct SettleEntry {
@@ -76,7 +77,7 @@ struct SettleEntry {
   std::uint32_t what = kPublish;
   std::uint32_t hash = 0;
   std::uint32_t place = 0;
-  std::uint32_t reserved = 0;
+  std::uint32_t node = 0;  // on which the page lies that is published, where nodes are kept apart; else 0
 };
 
 // What a member says of itself, for whoever looks at the domain. Pages, but for cpu_ns.

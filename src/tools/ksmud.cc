@@ -1,6 +1,7 @@
 // ksmud: the broker. Merges the pages of processes that have joined the same domain (docs/broker.md).
 //
-//   ksmud [--socket PATH] [--domain NAME]... [--mode OCTAL] [--no-io-uring] [--log LEVEL]
+//   ksmud [--socket PATH] [--domain NAME]... [--mode OCTAL] [--max-frames N] [--merge-across-nodes 0|1] [--no-io-uring]
+//         [--log LEVEL]
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/prctl.h>
@@ -27,6 +28,7 @@
 #include <vector>
 
 #include "broker/loop.h"
+#include "broker/nodes.h"
 #include "os/users.h"
 
 namespace {
@@ -49,6 +51,8 @@ constexpr const char* kUsage =
     "  --domain NAME    one more domain, shared by all who may connect to NAME.sock beside that; can be repeated\n"
     "  --mode OCTAL     who may connect to those: 660 by default if it runs as root, else 600\n"
     "  --max-frames N   no more shared pages than that, in all domains together: half of the memory by default\n"
+    "  --merge-across-nodes 0|1\n"
+    "                   0: pages are merged with pages of their own NUMA node only, in memory of that node; 1 by default\n"
     "  --no-io-uring    wait by poll(2)\n"
     "  --log LEVEL      quiet, warning, info or debug; warning by default, to stderr\n"
     "  --help, --version\n"
@@ -333,6 +337,7 @@ struct Options {
   std::vector<std::string> domains;
   int mode = -1;
   bool io_uring = true;
+  bool by_node = false;
 };
 
 // As members take it (broker/door.cc).
@@ -377,6 +382,10 @@ Options Parse(int argc, char** argv) {
       const long long frames = std::strtoll(text.c_str(), &end, 10);
       if (text.empty() || *end || frames < 1) Usage("--max-frames wants a number of pages, not " + text);
       options.most_frames = static_cast<std::size_t>(frames);
+    } else if (option == "--merge-across-nodes") {
+      const std::string text = value();
+      if (text != "0" && text != "1") Usage("--merge-across-nodes wants 0 or 1, not " + text);
+      options.by_node = text == "0";
     } else if (option == "--no-io-uring") {
       options.io_uring = false;
     } else if (option == "--log") {
@@ -441,6 +450,7 @@ void Prepare() {
 }
 
 int Run(const Options& options) {
+  if (const char* const why = options.by_node ? ksmu::broker::nodes::WhyNot() : nullptr) Fail(std::string("--merge-across-nodes 0: ") + why);
   const Fd signals = BlockSignals();
   Prepare();
   std::vector<Passed> passed = TakeListenFds();
@@ -470,6 +480,7 @@ int Run(const Options& options) {
   config.seed = directory.empty() ? RandomSeed() : KeptSeed(directory);
   if (ksmu::os::SeesUnknownUsers()) config.unknown_user = ksmu::os::kUnknownUser;
   config.log = Log;
+  config.by_node = options.by_node;
   Loop loop(std::move(config), options.io_uring);
   const std::uint32_t everyone = loop.server().AddListener("");
   std::vector<std::pair<std::string, std::uint32_t>> named;

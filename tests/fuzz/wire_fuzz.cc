@@ -31,12 +31,12 @@ bool JoinedGood(const std::byte* e) {
   std::memcpy(&log, e + 16, sizeof log);
   int bits = 0;
   for (; log; log >>= 1) bits += log & 1;
-  return bits == 1 && WordAt(e + 28) == 0;
+  return bits == 1 && WordAt(e + 28) < 2;
 }
 bool SettleGood(const std::byte* e) {
   const std::uint32_t what = WordAt(e), place = WordAt(e + 8);
   const bool in_range = what == 3 ? place < 268'435'456 : place < 512;
-  return what >= 1 && what <= 3 && in_range && WordAt(e + 12) == 0;
+  return what >= 1 && what <= 3 && in_range && WordAt(e + 12) < (what == 3 ? 1 : 1024);
 }
 bool FileGood(const std::byte* e) { return WordAt(e) < 4096; }
 bool FrameGood(const std::byte* e) { return WordAt(e) < 268'435'456; }
@@ -155,13 +155,13 @@ void Tame(const Rule& rule, std::byte* e) {
     case Kind::kJoined: {
       const std::uint64_t log = std::uint64_t{1} << (WordAt(e + 16) & 63);
       std::memcpy(e + 16, &log, sizeof log);
-      SetWord(e + 28, 0);
+      SetWord(e + 28, WordAt(e + 28) % 2);
       break;
     }
     case Kind::kSettle:
       SetWord(e, 1 + WordAt(e) % 3);
       SetWord(e + 8, WordAt(e + 8) % (WordAt(e) == 3 ? kFrameLimit : kRingPages));
-      SetWord(e + 12, 0);
+      SetWord(e + 12, WordAt(e + 12) % (WordAt(e) == 3 ? 1 : kMaxNodes));
       break;
     case Kind::kFile:
     case Kind::kFileIs: SetWord(e, WordAt(e) % kMaxFiles); break;
