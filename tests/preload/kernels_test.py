@@ -45,6 +45,7 @@ PROGRAMS = {
     "fork_test": ("*.Reads/*:*.RawDiscard/*Exact", ""),
     "stress_test": ("--seconds 6", "--seconds 60"),
     "race_test": ("--filter exact/merge/merge.taken/", "--jobs 2"),
+    "numa_test": ("", ""),
     "bad_input_test": ("*Einval*:*Holes*:*Eopnotsupp*", ""),
     "maps_test": ("*.MremapOfWhatWasUnmerged", ""),
     "limits_test": (None, ""),
@@ -74,7 +75,7 @@ INIT = """#!/bin/busybox sh
 /bin/busybox mount -t tmpfs tmpfs /tmp
 /bin/busybox mount -t devtmpfs dev /dev
 /bin/busybox --install -s /bin
-export PATH=/bin LD_LIBRARY_PATH=/lib GTEST_COLOR=no
+export PATH=/bin LD_LIBRARY_PATH=/lib GTEST_COLOR=no KSMU_TEST_KSMUD=/tests/ksmud
 shim=LD_PRELOAD=/lib/libksmu_preload.so
 cd /tests
 dmesg -n 1
@@ -193,7 +194,7 @@ def release_of(kernel):
 def programs_and_libraries(build, names, work):
     """For the initramfs: the programs in /tests and what they are linked with in /lib, without what debuggers want."""
     sources = {f"tests/{name}": os.path.join(build, "tests", name) for name in names}
-    sources |= {"tests/ksmuctl": os.path.join(build, "src", "ksmuctl")}
+    sources |= {f"tests/{name}": os.path.join(build, "src", name) for name in ("ksmuctl", "ksmud")}
     sources |= {f"lib/{name}": os.path.join(build, "src", name) for name in ("libksmu_preload.so", "libksmu.so.0")}
     for path in list(sources.values()):
         for library in re.findall(r"(/\S+) \(0x", output("ldd", path)):
