@@ -4,6 +4,7 @@
 //   model_test --seed=N [--verbose]      one run
 //   model_test --seeds=N [--from=M]      many
 //   ... --shared                         with a domain beside it: the broker, and another member
+//   ... --nodes                          on two NUMA nodes that are kept apart
 //   model_test --seeds=N --refused=CALL  with a call that always fails
 //   model_test --trace=FILE [--verbose]  a run that was written down
 //   model_test --minimise=N              makes a failing seed smaller and prints it
@@ -42,6 +43,7 @@ Result RunRefused(std::uint64_t seed, const std::string& call) {
   Trace trace = Generate(seed);
   trace.config.refused = call;
   trace.config.refused_from = seed % 2 == 0 ? 0 : static_cast<int>(trace.ops.size() / 2);
+  trace.config.by_node = call == "QueryNodes" || call == "BindFile";  // nobody else calls these
   if (call == "Continue") trace.config.forks = false;  // a child's frame that was swapped out is mapped by nothing else
   if (call == "Copy") trace.config.forks = false;  // nothing else gives a child what was out of its place when it was forked
   trace.config.fail_percent = 0;
@@ -138,6 +140,13 @@ TEST(Model, RunsInADomain) {
   RunMany(2000, kSharedSeeds, {.merged = 1250, .zero = 125, .breaks = 250, .remerged = 25, .detached = 25, .discards = 125, .failures = 250});
 }
 
+// On two NUMA nodes: alone, where nothing is merged across them; and in a domain that does merge across, which comes and goes.
+TEST(Model, RunsOnTwoNodes) {
+  if (!kFibers) GTEST_SKIP() << "one thread, in fibers that the thread sanitizer does not follow";
+  RunMany(1500, kNodeSeeds, {.merged = 600, .zero = 125, .breaks = 100, .remerged = 10, .detached = 25, .discards = 125, .failures = 250});
+  RunMany(500, kNodeSeeds | kSharedSeeds, {.merged = 600, .zero = 125, .breaks = 100, .remerged = 10, .detached = 10, .discards = 125, .failures = 250});
+}
+
 // A call that the system refuses for good may cost savings; never a byte, and never a thread that waits for ever. (Wake
 // is not among them: nothing else does what it does.)
 TEST(Model, RefusedCalls) {
@@ -147,7 +156,7 @@ TEST(Model, RefusedCalls) {
         "Copy",          "ZeroPage",        "Scan",         "ReadSharing",    "ReadProgram", "Discard",
         "PopulateWrite", "ApplyAttributes", "QueryMapping", "ReadAttributes", "MapFrames",   "MapAnonymous", "MapApart",
         "MoveMapping",   "TakePages",       "Unmap",        "Protect",        "CreateFile",  "WriteFile",
-        "PunchFile",     "MapFile"}) {
+        "PunchFile",     "MapFile",         "QueryNodes",   "BindFile"}) {
     int failures = 0;
     for (std::uint64_t seed = 1; seed <= static_cast<std::uint64_t>(40 * Long()) && failures < 2; ++seed) {
       const Result result = RunRefused(seed, call);
@@ -236,7 +245,8 @@ int main(int argc, char** argv) {
     if (a.rfind("--minimise=", 0) == 0) minimise = number();
     if (a.rfind("--trace=", 0) == 0) file = a.substr(8);
     if (a.rfind("--refused=", 0) == 0) refused = a.substr(10);
-    if (a == "--shared") shared = kSharedSeeds;
+    if (a == "--shared") shared |= kSharedSeeds;
+    if (a == "--nodes") shared |= kNodeSeeds;
     if (a == "--verbose") verbose = true;
   }
   seed += seed ? shared : 0;

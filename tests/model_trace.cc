@@ -60,7 +60,8 @@ std::string Trace::Text() const {
   std::ostringstream out;
   out << "config " << config.seed << ' ' << config.pages << ' ' << config.before_boundary << ' ' << config.fork_events
       << ' ' << config.forks << ' ' << config.raw_discards << ' ' << config.protects << ' ' << config.pins << ' '
-      << config.swap << ' ' << (config.refused.empty() ? "-" : config.refused) << ' ' << config.refused_from << ' ' << config.shared << '\n';
+      << config.swap << ' ' << (config.refused.empty() ? "-" : config.refused) << ' ' << config.refused_from << ' ' << config.shared << ' '
+      << config.by_node << '\n';
   auto write_actions = [&](int id) {
     for (const Action& a : actions) {
       if (a.op != id) continue;
@@ -94,7 +95,7 @@ bool Trace::Parse(const std::string& text, Trace* out, std::string* error) {
       Config& c = out->config;
       good = static_cast<bool>(in >> c.seed >> c.pages >> c.before_boundary >> c.fork_events >> c.forks >>
                                c.raw_discards >> c.protects >> c.pins >> c.swap >> c.refused);
-      in >> c.refused_from >> c.shared;
+      in >> c.refused_from >> c.shared >> c.by_node;
       if (c.refused == "-") c.refused.clear();
     } else if (word == "scan" || word == "event") {
       Action a;
@@ -256,9 +257,10 @@ Trace GenerateAlone(std::uint64_t seed) {
 }  // namespace
 
 Trace Generate(std::uint64_t seed) {
-  Trace t = GenerateAlone(seed & ~kSharedSeeds);
+  Trace t = GenerateAlone(seed & ~(kSharedSeeds | kNodeSeeds));
   t.config.seed = seed;
   if (seed & kSharedSeeds) AddDomain(&t);
+  t.config.by_node = seed & kNodeSeeds;
   return t;
 }
 

@@ -103,6 +103,7 @@ struct Config {
   std::string refused;   // a call that always fails (a seccomp filter) ...
   int refused_from = 0;  // ... from this operation on
   bool shared = false;   // with a domain
+  bool by_node = false;  // on two NUMA nodes, with merge_across_nodes 0
 };
 
 struct Trace {
@@ -116,6 +117,8 @@ struct Trace {
 
 // Seeds from here on are those of runs with a domain; without that bit they are the same runs, but for it.
 inline constexpr std::uint64_t kSharedSeeds = std::uint64_t{1} << 40;
+// The same for two NUMA nodes.
+inline constexpr std::uint64_t kNodeSeeds = std::uint64_t{1} << 41;
 Trace Generate(std::uint64_t seed);
 
 }  // namespace ksmu::model

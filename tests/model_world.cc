@@ -61,6 +61,11 @@ World::World(const Trace& trace, bool replay, const os::FakeLies& lies, bool ver
   }
   system_thread_ = fake_.AddThread();
   tunables_.remerge_seconds = 0;
+  if (c.by_node) {
+    fake_.nodes = 2;
+    tunables_.merge_across_nodes = 0;
+    for (int i = 0; i < c.pages; ++i) fake_.node_of[At(i)] = NodeOf(i);
+  }
   fake_.hooks.before = [this](os::FakeCall& call) { return Boundary(call, false); };
   fake_.hooks.after = [this](const os::FakeCall& call) { Boundary(const_cast<os::FakeCall&>(call), true); };
   fake_.hooks.other_thread = [this] { GiveWay(); };
@@ -115,6 +120,7 @@ void World::RunAll() {
     Do(op);
     if (verbose_) ShowPages();
     if (!fake_.violations().empty()) Fail(fake_.violations()[0]);
+    CheckNodes();
     if (!fibers_->failure().empty()) throw Livelock(fibers_->failure());
     if (result_.failed) break;
   }
@@ -702,6 +708,16 @@ void World::CheckBytes() {
       Fail("the pinned page " + std::to_string(pin.page) + " is not the program's any more");
   }
   if (!fake_.violations().empty()) Fail(fake_.violations()[0]);
+}
+
+// What is merged is merged with pages of its node. A domain that merges across nodes goes before what the process wants.
+void World::CheckNodes() {
+  if (!trace_.config.by_node || trace_.config.shared) return;
+  for (int i = 0; i < trace_.config.pages; ++i) {
+    const os::fake::Vma* v = fake_.space().Find(At(i));
+    if (!v || !v->file || fake_.space().Get(At(i)).kind != os::fake::Pte::kFile) continue;
+    if (v->file->node != NodeOf(i)) Fail("page " + std::to_string(i) + " is merged on another node than its own");
+  }
 }
 
 void World::CheckQuiet(bool unmerged) {

@@ -91,10 +91,12 @@ class World {
 
   void Settle();
   void CheckBytes();
+  void CheckNodes();
   void CheckQuiet(bool unmerged);
   void CheckAfterwards();
   void Fail(const std::string& message);
   bool Pinned(int page) const;
+  static int NodeOf(int page) { return page / 4 % 2; }
   os::Address At(int page) const { return base_ + static_cast<std::size_t>(page) * page_size_; }
   os::Span SpanOf(int first, int count) const { return {At(first), static_cast<std::size_t>(count) * page_size_}; }
 

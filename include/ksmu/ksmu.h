@@ -463,8 +463,11 @@ KSMU_API int ksmu_get(const char *name, int64_t *value);
  *   advisor_min_pages_to_scan 500, advisor_max_pages_to_scan 30000
  *                              1 ..      with the advisor: bounds of pages_to_scan
  *   advisor_target_scan_time 200 1 ..    with the advisor: seconds
- *   merge_across_nodes 1       1         this version knows one NUMA node only, and so merges across them: 0 is
- *                                        EOPNOTSUPP
+ *   merge_across_nodes 1       0, 1      0: pages are merged with pages of the same NUMA node only, in memory of that
+ *                                        node; zero pages on all. 1: with any. EBUSY while anything is shared. On a
+ *                                        machine with one node both are the same. In a domain the broker's setting holds
+ *                                        (ksmud --merge-across-nodes), and this one from when the process is alone again.
+ *                                        EOPNOTSUPP a filter of system calls refuses move_pages(2)
  *   max_maps           0       0 ..      mappings that merging may add to the process; 0: from vm.max_map_count, less a
  *                                        reserve for the program. Lowering it unmerges nothing
  *   thp_min_duplicates 64      0 .. 512  split a huge page if so many of its 512 are expected to merge or to be zero,

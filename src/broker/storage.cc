@@ -107,8 +107,9 @@ int Storage::Write(Frame frame, const std::byte* page) {
     done += static_cast<std::size_t>(n);
   }
   if (LiesRight(frame)) return 0;
-  // Written again it would stay where it is.
+  // Nobody gets it. And whoever maps the file can have changed where its memory comes from.
   Punch(frame, 1);
+  Bind(frame / kChunk * kChunk, kChunk, static_cast<std::uint32_t>(files_[frame / kFramesPerFile].nodes[frame % kFramesPerFile / kChunk]));
   return -ENOMEM;
 }
 
