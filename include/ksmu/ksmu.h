@@ -548,7 +548,8 @@ KSMU_API int ksmu_start(const struct ksmu_options *options, size_t size);
  *           may be started again.
  * Errors    EINVAL not started; ENOMEM unmerging would not fit into memory: the rest stays merged, the library goes on
  *           running, the start is not taken back; EAGAIN another thread is in the last ksmu_stop, or is moving merged
- *           memory: as for ENOMEM, stop again.
+ *           memory, or pages merged in a broker's domain were written less than remerge_seconds ago; EPERM such pages may
+ *           be pinned: as for ENOMEM, stop again.
  * Safety    threads yes, also with others in the middle of any function: these finish or fail with EAGAIN; signals no;
  *           fork yes.
  * Cost      the last: as KSMU_UNMERGEABLE for each merged page, and some milliseconds.

@@ -261,6 +261,7 @@ void ForkChild() {
     g_inheritance.file_count.store(g_inheritance.child_file_count, std::memory_order_relaxed);
   }
   s.starts_total = 0;
+  g_door.ForgetParent();
   s.pid.store(os::ProcessId(), std::memory_order_relaxed);
   KSMU_TEST_POINT("fork.child", 0, 0);
   new (&s.mutex) HeldMutex;

@@ -196,19 +196,24 @@ Domain::Stretch& Domain::StretchOf(Member& member, std::uint32_t node) {
 // page_ is what is to be published.
 Frame Domain::Publish(Member& member, std::uint64_t hash64, std::uint32_t node, bool replica) {
   const auto hash = static_cast<std::uint32_t>(hash64 >> 32);
-  Frame same = wire::kNoFrame;
+  Frame same = wire::kNoFrame, next = wire::kNoFrame;
   int contents = 0, replicas = 0;
   reader_.Lookup(hash, [&](Frame frame) {
     // Behind one that is the same all count as such: to compare each would take long, and where the hash is, so is the content.
     if (same != wire::kNoFrame || (NodeOf(frame) == node && storage_.Holds(frame, page_.data()))) {
       if (same == wire::kNoFrame) same = frame;
+      if (replicas == turn_) next = frame;
       return replica ? ++replicas < kMaxReplicas : false;
     }
     return ++contents < kMaxContents;
   });
   if (contents >= kMaxContents) return wire::kNoFrame;
-  // Of replicas there are enough at some time.
-  if (same != wire::kNoFrame && (!replica || replicas >= kMaxReplicas)) return same;
+  if (same != wire::kNoFrame && !replica) return same;
+  if (replicas >= kMaxReplicas) {
+    // There are enough. In turn, lest all that comes maps the first one, whatever max_page_sharing its member has.
+    turn_ = (turn_ + 1) % kMaxReplicas;
+    return next != wire::kNoFrame && NodeOf(next) == node && storage_.Holds(next, page_.data()) ? next : same;
+  }
   Stretch& stretch = StretchOf(member, node);
   if (live_ >= most_frames_ || (stretch.next == stretch.end && !Fill(stretch))) return wire::kNoFrame;
   const Frame frame = stretch.next;

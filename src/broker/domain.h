@@ -150,6 +150,7 @@ class Domain {
   std::vector<std::unique_ptr<File>> files_;
   std::vector<Member> members_;
   std::size_t chunks_used_ = 0;  // chunks below have been given out before
+  int turn_ = 0;  // which replica is granted next, where there are enough
   std::size_t cursor_ = 0;
   bool by_node_ = false;
   std::size_t most_frames_ = wire::kFrameLimit;

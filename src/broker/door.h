@@ -26,6 +26,8 @@ class BrokerDoor final : public frames::Door {
   void GiveUp() override;
   void Leave(frames::Source* source) override;
   void Forget(frames::Source* source) override;
+  // In a forked child: who has asked to be let in is the parent, and its memory is not here.
+  void ForgetParent() { joining_ = nullptr; }
 
  private:
   static constexpr std::size_t kMaxPath = 256;  // more than a socket's can be

@@ -705,8 +705,14 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   bool approved = false;
   short_runs_wait_ = false;
   const std::uint64_t patient_until = system_.NowNanoseconds() + kMergePatienceNs;
-  for (int round = 0; round < 3 && (approved || short_runs_wait_ || detached != counters_.detached.load(std::memory_order_relaxed));
-       ++round) {
+  // So are those whose frames the broker was asked for and did not answer in time, for as long as the caller's patience lasts.
+  put_off_ = false;
+  const auto again = [&](int round) {
+    if (put_off_ && SourceIsThere() && system_.NowNanoseconds() < patient_until) return true;
+    return round < 3 && (approved || short_runs_wait_ || detached != counters_.detached.load(std::memory_order_relaxed));
+  };
+  for (int round = 0; again(round); ++round) {
+    put_off_ = false;
     // Long runs have had their turn.
     long_runs_first_ = !short_runs_wait_;
     short_runs_wait_ = false;

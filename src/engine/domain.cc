@@ -50,6 +50,12 @@ void Runtime::TendDomain() {
     engine_->SetSource(source_);
     pass_sleep_ns_ = 0;
     next_scan_at_ = 0;
+    if (!engine_->SourceIsThere()) {
+      options_.door->Leave(source_);
+      options_.door->Forget(source_);
+      source_ = nullptr;
+      why = "no memory for what is shared with the broker";
+    }
   }
   if (!log_.on() || (!source_ && !why)) return;
   Sentence s;

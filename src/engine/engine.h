@@ -457,6 +457,7 @@ class Engine {
   Address* zeros_ = nullptr;
   std::size_t zeros_size_ = 0;
   // Of what is shared with other processes.
+  bool put_off_ = false;             // pages whose frames a broker has not answered for in time: for ksmu_merge
   bool source_gone_ = false;         // found out in the middle of something; seen to by Housekeeping
   frames::Source::Want* wants_ = nullptr;
   std::array<frames::Frame, frames::Source::kMaxRing> settled_{};  // what became of each provision

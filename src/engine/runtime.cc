@@ -18,6 +18,7 @@ constexpr std::int64_t kNewsSleep = 200 * kMillisecond;  // what a broker and ot
 // answer go first where that is permitted. What the scanner may use is bounded by cpu_limit_percent.
 constexpr int kScannerNice = 0, kEventNice = -10;
 constexpr int kEventWaitMs = 1000;
+constexpr std::uint64_t kJoinPatienceNs = 100'000'000;  // of a merge with a broker that is about to let us in
 constexpr int kStopPatience = 200;  // times 10 ms
 }  // namespace
 
@@ -368,6 +369,12 @@ void Runtime::Run(Command* command, Slot* slot, bool parked) {
         Runtime* runtime;
         Slot* slot;
       } cookie{this, slot};
+      // What is merged before that lies in frames of our own, and has to go back again.
+      const std::uint64_t until = system_->NowNanoseconds() + kJoinPatienceNs;
+      while (JoiningSoon() && !pause_.load(std::memory_order_acquire) && system_->NowNanoseconds() < until) {
+        TendDomain();
+        system_->Yield();
+      }
       command->result = engine.Merge(
           command->span,
           [](void* c) {

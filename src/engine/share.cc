@@ -44,6 +44,10 @@ void Engine::SetSource(Source* source) {
   news_.clear();
   news_at_ = 0;
   pool_.SetSource(source);
+  if (source && !pool_.CanPublish()) {  // no memory: alone
+    pool_.SetSource(nullptr);
+    source = nullptr;
+  }
   replicas_.fill({});
   looking_up_ = source != nullptr;
   looked_up_to_ = strays_at_ = 0;
@@ -68,6 +72,7 @@ void Engine::LeaveUnpublished(Address a) {
   if (page.covers()) return;
   Set(a, Page().WithState(PageState::kFresh).WithStamp(page.stamp()));
   Unsettle(a);
+  put_off_ = true;
 }
 
 // The first of the frames in the index that hold what this one holds.

@@ -54,6 +54,7 @@ class Pool {
   // Null: it is gone, and its frames are orphans. Scanner only, as all that follows.
   void SetSource(Source* source);
   Source* source() const { return source_; }
+  bool CanPublish() const { return ring_ != nullptr; }  // false: there was no memory for it
   // Ours for a frame that the source has granted, and whether it was held before. kNoFrame: its file cannot be had; it has
   // been released, once, however often the same answer grants it.
   Frame Granted(Frame theirs, bool* known);
