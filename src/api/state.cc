@@ -545,7 +545,7 @@ int ksmu_stop(void) {
                 command.result == -ENOMEM
                     ? "unmerging all does not fit into memory: the library goes on. Free memory or add swap, then stop again"
                 : command.result == -EAGAIN
-                    ? "another thread is moving or changing merged memory: the library goes on. Stop again"
+                    ? "another thread is moving or changing merged memory, or pages of a broker's domain were written too recently: the library goes on. Stop again"
                     : "the kernel refused to unmerge a part: the library goes on. Its log says which call was refused");
   }
   s.runtime.store(nullptr, std::memory_order_seq_cst);
