@@ -95,6 +95,18 @@ def pid_of(name):
     return 0
 
 
+def why_not(fleet):
+    """Pages of all guests that are not merged, by reason."""
+    reasons = {}
+    for machine in fleet:
+        for line in guest.content(f"{machine.path}.stats.{machine.process.pid}").decode().split("\n"):
+            name, _, value = line.partition(" ")
+            if name.startswith("unmerged_") or name in ("pages_unshared", "pages_volatile"):
+                name = name.removeprefix("unmerged_").removeprefix("pages_")
+                reasons[name] = reasons.get(name, 0) + int(value)
+    return ", ".join(f"{name} {value}" for name, value in sorted(reasons.items(), key=lambda item: -item[1]) if value)
+
+
 class Ksm:
     """The kernel's, for as long as one fleet runs."""
 
@@ -188,7 +200,7 @@ def run(kind, given, kernel, initrd):
             if kind == "ksmu":
                 merged = sum(m.counter("pages_merged") for m in fleet)
                 breaks = sum(m.counter("cow_breaks") for m in fleet)
-                said = f"{merged} pages merged, {breaks} breaks; {broker.state()}"
+                said = f"{merged} pages merged, {breaks} breaks; {broker.state()}\n        not merged: {why_not(fleet)}"
             for machine in fleet:
                 if machine.wrong() or machine.process.poll() is not None or machine.round() == 0:
                     raise RuntimeError(f"{machine.name}: {machine.wrong()[:3]} {machine.complaints()}")

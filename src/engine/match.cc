@@ -231,6 +231,7 @@ void Engine::MatchPage(Address page, std::uint32_t hash, const std::byte* bytes,
 // A frame of this content. It may be planned with from now on, and mapped once it is no provision any more (share.cc).
 // `chain`: a full frame of the same content.
 Frame Engine::Publish(std::uint32_t hash, const std::byte* bytes, int node, Frame chain) {
+  if (node == os::kNoNode) return kNoFrame;  // it lies nowhere that could be told
   if (pool_.source() && !source_gone_) return Provide(hash, bytes, node, chain);
   KSMU_TEST_POINT("publish.begin", reinterpret_cast<Address>(bytes), page_);
   const Frame frame = WriteFrame(bytes, node);

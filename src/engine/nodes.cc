@@ -94,7 +94,9 @@ void Engine::SeeAgain(Address page) {
   Unsettle(page);
 }
 
+// 0 where nodes are not kept apart, as for pages: what is told to a broker is a node that there is.
 int Engine::NodeOf(Frame frame) const {
+  if (!by_node_) return 0;
   return Pool::IsProvision(frame) ? provided_for_[Pool::RingPlace(frame)] : pool_.node(frame);
 }
 
