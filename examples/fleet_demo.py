@@ -196,11 +196,13 @@ def run(kind, given, kernel, initrd):
             percent = 100 * (seconds() - first) / (time.time() - begun)
             said = ""
             if kind == "KSM":
-                said = " ".join(f"{n} {int(guest.content(KSM + n))}" for n in ("pages_shared", "pages_sharing"))
+                said = " ".join(f"{n} {int(guest.content(KSM + n))}" for n in ("pages_shared", "pages_sharing", "ksm_zero_pages")
+                                if os.path.exists(KSM + n))
             if kind == "ksmu":
                 merged = sum(m.counter("pages_merged") for m in fleet)
                 breaks = sum(m.counter("cow_breaks") for m in fleet)
-                said = f"{merged} pages merged, {breaks} breaks; {broker.state()}\n        not merged: {why_not(fleet)}"
+                zeros = sum(m.counter("ksm_zero_pages") for m in fleet)
+                said = f"{merged} pages merged, {zeros} zero, {breaks} breaks; {broker.state()}\n        not merged: {why_not(fleet)}"
             for machine in fleet:
                 if machine.wrong() or machine.process.poll() is not None or machine.round() == 0:
                     raise RuntimeError(f"{machine.name}: {machine.wrong()[:3]} {machine.complaints()}")
