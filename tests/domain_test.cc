@@ -291,6 +291,42 @@ KSMU_ISOLATED_TEST(Domain, AStoppedBrokerHoldsNobodyUp, 60) {
   broker.WaitForFrames(0, 6);
 }
 
+// A broker that answers, but long after it was waited for: what it grants is taken then, and nobody leaves for it.
+KSMU_ISOLATED_TEST(Domain, ASlowBrokerIsHeardLater, 60) {
+  Broker broker;
+  Board* const board = Board::Make();
+  constexpr int kRounds = 6;
+  Member a(broker, &board->members[0], [&](Child& self, const std::function<void()>& post) {
+    constexpr std::size_t kPages = 512;
+    Memory memory(kRounds * kPages);
+    const auto value = [](std::size_t i) { return 1 + i / 2; };
+    FillPages(memory, value);
+    for (int round = 0; round < kRounds; ++round) {
+      self.Await(2 * round + 1);
+      ksmu_advise(memory.page(static_cast<std::size_t>(round) * kPages), memory.bytes() / kRounds, KSMU_MERGEABLE);
+      self.Signal(2 * round + 2);
+    }
+    if (!AllMerged(kRounds * kPages, 30)) self.Report("merged %ld\n", static_cast<long>(Get("pages_merged")));
+    Check(self, memory, value, "with a slow broker");
+    post();
+  });
+  for (int round = 0; round < kRounds; ++round) {
+    kill(broker.pid(), SIGSTOP);
+    a.child.Signal(2 * round + 1);
+    EXPECT_TRUE(a.child.Await(2 * round + 2, 30));
+    SleepSeconds(0.5);
+    kill(broker.pid(), SIGCONT);
+    SleepSeconds(0.2);
+  }
+  a.child.Join();
+  broker.WaitForFrames(0, 6);
+  const std::string log = broker.log();
+  std::size_t joined = 0;
+  for (std::size_t at = 0; (at = log.find("joined", at)) != std::string::npos; ++at) ++joined;
+  EXPECT_EQ(joined, 1u) << log;
+  EXPECT_EQ(log.find("dropped"), std::string::npos) << log;
+}
+
 // Members come, merge, write, fork, and are killed at any moment. What the others have stays right, and in the end nothing is left.
 KSMU_ISOLATED_TEST(Domain, MembersAreKilledAtAnyMoment, 240) {
   Broker broker;

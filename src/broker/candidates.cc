@@ -46,7 +46,7 @@ void Candidates::MakeRoom(Shard& shard) {
 }
 
 bool Candidates::Offer(std::uint64_t hash, std::uint16_t member, std::uint16_t* before) {
-  Shard& shard = ShardOf(hash);
+  Shard& shard = shards_[ShardOf(hash)];
   if (shard.live >= kMostInAShard) {
     // An end to it, whoever offers what: all start anew.
     live_ -= std::exchange(shard.live, 0);
@@ -63,7 +63,7 @@ bool Candidates::Offer(std::uint64_t hash, std::uint16_t member, std::uint16_t* 
 }
 
 void Candidates::Forget(std::uint64_t hash) {
-  Shard& shard = ShardOf(hash);
+  Shard& shard = shards_[ShardOf(hash)];
   if (shard.slots.empty()) return;
   Slot& slot = shard.slots[Find(shard.slots, TagOf(hash))];
   if (StateOf(slot) != kLive) return;
@@ -87,7 +87,7 @@ std::size_t Candidates::ForgetMember(std::uint16_t member, std::size_t first, st
 }
 
 void Candidates::Prefetch(std::uint64_t hash) const {
-  const std::vector<Slot>& slots = shards_[hash >> 52].slots;
+  const std::vector<Slot>& slots = shards_[ShardOf(hash)].slots;
   if (!slots.empty()) __builtin_prefetch(&slots[Home(TagOf(hash), slots.size())], 1);
 }
 

@@ -39,7 +39,7 @@ class Candidates {
     std::vector<Slot> slots;
     std::uint32_t live = 0, filled = 0;
   };
-  Shard& ShardOf(std::uint64_t hash) { return shards_[hash >> 52]; }
+  static std::size_t ShardOf(std::uint64_t hash) { return static_cast<std::size_t>(hash / (~std::uint64_t{0} / kShards + 1)); }
   void MakeRoom(Shard& shard);
 
   std::vector<Shard> shards_;

@@ -217,43 +217,26 @@ void Member::Offer(std::uint64_t hash) {
   if (offers_.size() >= kMostOffers || !offers_.push_back(hash)) lost_ = true;
 }
 
-namespace {
-template <typename T>
-void ForgetFirst(base::OwnVector<T>* words, std::size_t count) {
-  if (count == 0) return;
-  std::copy(words->begin() + count, words->end(), words->begin());
-  for (std::size_t i = 0; i < count; ++i) words->pop_back();
-}
-}  // namespace
-
-bool Member::SendWords(Kind kind, Words* words) {
+// Sends what is kept, as entries of the kind, in as many messages as it takes. True: all of it.
+template <typename T, std::size_t n>
+bool Member::SendKept(Kind kind, base::OwnVector<T>* kept, std::array<T, n>* entries) {
   std::size_t sent = 0;
-  while (sent < words->size()) {
-    const std::size_t n = std::min(words->size() - sent, wire::kMaxEntries);
-    out_.header = {0, kind, static_cast<std::uint16_t>(n), 0, 0};
-    std::copy_n(words->begin() + sent, n, out_.words.begin());
+  while (sent < kept->size()) {
+    const std::size_t count = std::min(kept->size() - sent, n);
+    out_.header = {0, kind, static_cast<std::uint16_t>(count), 0, 0};
+    std::copy_n(kept->begin() + sent, count, entries->begin());
     if (!Send()) break;
-    sent += n;
+    sent += count;
   }
-  ForgetFirst(words, sent);
-  return words->empty();
-}
-
-bool Member::SendOffers() {
-  std::size_t sent = 0;
-  while (sent < offers_.size()) {
-    const std::size_t n = std::min(offers_.size() - sent, wire::kMaxOffers);
-    out_.header = {0, Kind::kOffer, static_cast<std::uint16_t>(n), 0, 0};
-    std::copy_n(offers_.begin() + sent, n, out_.offers.begin());
-    if (!Send()) break;
-    sent += n;
-  }
-  ForgetFirst(&offers_, sent);
-  return offers_.empty();
+  if (sent) std::copy(kept->begin() + sent, kept->end(), kept->begin());
+  for (std::size_t i = 0; i < sent; ++i) kept->pop_back();
+  return kept->empty();
 }
 
 // In this order: a frame that is granted again is not to be released by what was said before. True: all has been sent.
-bool Member::SendGivenUp() { return !Busy() && SendWords(Kind::kDrop, &drops_) && SendWords(Kind::kRelease, &releases_); }
+bool Member::SendGivenUp() {
+  return !Busy() && SendKept(Kind::kDrop, &drops_, &out_.words) && SendKept(Kind::kRelease, &releases_, &out_.words);
+}
 
 Member::Answer Member::Settle(Want* wants, std::size_t count) {
   if (!channel_.open() || count == 0 || count > wire::kMaxSettle) return Answer::kGone;
@@ -347,7 +330,7 @@ bool Member::Serve(const News& news) {
   for (std::uint32_t hash : wanted_) news.wanted(news.cookie, hash);
   wanted_.clear();
   SendGivenUp();
-  SendOffers();
+  SendKept(Kind::kOffer, &offers_, &out_.offers);
   if (report_is_new_) {
     out_.header = {0, Kind::kReport, 1, 0, 0};
     out_.report = {report_.advised, report_.merged, report_.frames, report_.zero, report_.still, report_.changing, report_.breaks, report_.cpu_ns};

@@ -65,8 +65,8 @@ class Member final : public frames::Source {
   Answer Hear(int wait_ms, int* descriptors, std::size_t capacity, std::size_t* count);
   bool Send(int descriptor = -1);
   bool SendGivenUp();
-  bool SendWords(wire::Kind kind, Words* words);
-  bool SendOffers();
+  template <typename T, std::size_t n>
+  bool SendKept(wire::Kind kind, base::OwnVector<T>* kept, std::array<T, n>* entries);
   void Keep(Words* words, std::uint32_t word);
   std::ptrdiff_t ReceiveNext(int* descriptors, std::size_t capacity, std::size_t* count);
   bool NoteWanted();

@@ -2,7 +2,6 @@
 // alone; nothing that is merged is undone for it.
 
 #include <algorithm>
-#include <tuple>
 
 #include "engine/runtime.h"
 #include "ksmu/ksmu.h"
@@ -82,9 +81,8 @@ void Runtime::TellDomain(std::uint64_t now) {
   report.advised = report.merged + report.zero + report.still + report.changing + pages(PageState::kUnmerged);
   report.frames = engine_->pages_shared();
   report.breaks = static_cast<std::uint64_t>(c.cow_breaks);
-  const auto told = std::make_tuple(report.advised, report.merged, report.zero, report.still, report.breaks);
-  if (told == told_domain_) return;
-  told_domain_ = told;
+  if (report == told_domain_) return;  // but for the CPU time
+  told_domain_ = report;
   report.cpu_ns = system_->ThreadCpuNanoseconds();
   source_->Tell(report);
 }

@@ -249,7 +249,8 @@ class Engine {
   void FindNodes(const Address* pages, std::size_t count);
   void FindNodes(Span span);
   int NodeNow(Address page);
-  void SeeAgain(Address page);
+  void SeeAgain(Address page);  // of a candidate
+  void MakeFresh(Address page, Page known);
   int NodeOf(frames::Frame frame) const;
   // Whether pages of that node may map the frame.
   bool LiesOn(frames::Frame frame, int node) const { return !by_node_ || NodeOf(frame) == node; }

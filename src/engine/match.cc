@@ -23,6 +23,12 @@ void Engine::Unsettle(Address a) {
   if (Segment* segment = table_.FindSegment(a); segment && segment->unsettled == 0) segment->unsettled = 1;
 }
 
+// The next sweep looks at it as at one that it has not seen.
+void Engine::MakeFresh(Address a, Page known) {
+  Set(a, Page().WithState(PageState::kFresh).WithStamp(known.stamp()));
+  Unsettle(a);
+}
+
 void Engine::Leave(Address a, Reason reason) {
   const Page page = table_.Load(a);
   if (page.covers()) return;

@@ -89,9 +89,7 @@ int Engine::NodeNow(Address page) {
 // A candidate that does not lie any more where it was hashed.
 void Engine::SeeAgain(Address page) {
   const Page known = table_.Load(page);
-  if (known.state() != PageState::kStill) return;
-  Set(page, Page().WithState(PageState::kFresh).WithStamp(known.stamp()));
-  Unsettle(page);
+  if (known.state() == PageState::kStill) MakeFresh(page, known);
 }
 
 // 0 where nodes are not kept apart, as for pages: what is told to a broker is a node that there is.

@@ -13,7 +13,6 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
-#include <tuple>
 
 #include "engine/engine.h"
 #include "engine/log.h"
@@ -197,7 +196,7 @@ class Runtime {
   std::uint64_t join_at_ = 0, formers_at_ = 0;
   std::int64_t join_wait_ns_ = 0, join_look_ns_ = 0;
   std::uint64_t tell_at_ = 0;
-  std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t> told_domain_{};
+  frames::Source::Report told_domain_;
   int filters_at_start_ = 0;
 
   // Messages, and what has been said already. Scanner.

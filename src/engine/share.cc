@@ -70,8 +70,7 @@ void Engine::LeaveUnpublished(Address a) {
   if (!pool_.source() || source_gone_ || !pool_.source()->Busy()) return Leave(a, Reason::kPool);
   const Page page = table_.Load(a);
   if (page.covers()) return;
-  Set(a, Page().WithState(PageState::kFresh).WithStamp(page.stamp()));
-  Unsettle(a);
+  MakeFresh(a, page);
   put_off_ = true;
 }
 

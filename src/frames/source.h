@@ -82,6 +82,7 @@ class Source {
   struct Report {
     std::uint64_t advised = 0, merged = 0, frames = 0, zero = 0, still = 0, changing = 0, breaks = 0;
     std::uint64_t cpu_ns = 0;
+    bool operator==(const Report&) const = default;
   };
   virtual void Tell(const Report& report) = 0;
 };
