@@ -1,11 +1,14 @@
-// LinuxSystem::NoLongTermPins: which descriptors, of whose table, count.
+// LinuxSystem::PossiblePins: which descriptors, of whose table, count.
 #include <fcntl.h>
 #include <liburing.h>
+#include <linux/aio_abi.h>
+#include <linux/magic.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/inotify.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/statfs.h>
 #include <sys/timerfd.h>
 
 #include "kernel_semantics_system.h"
@@ -176,6 +179,44 @@ TEST_F(LinuxSystemPins, TablesOfAllThreads) {
   step = 6;
   apart.Join();
   EXPECT_TRUE(WaitFor([&] { return system_->NoLongTermPins(); }));
+}
+
+// Direct I/O has a device write to the program's pages for the time of a request; buffered I/O has nobody do so.
+TEST_F(LinuxSystemPins, DirectIoIsToldFromBuffered) {
+  if (system_->PossiblePins() != Pins::kBrief) GTEST_SKIP() << "the test was started with descriptors that allow direct I/O";
+  const int memory = memfd_create("file", 0);
+  ASSERT_GE(memory, 0);
+  EXPECT_EQ(system_->PossiblePins(), Pins::kBrief) << "a file on tmpfs";
+  // tmpfs takes the flag since 6.6.
+  if (fcntl(memory, F_SETFL, O_DIRECT) == 0) {
+    EXPECT_EQ(system_->PossiblePins(), Pins::kRequests) << "O_DIRECT";
+    ASSERT_EQ(fcntl(memory, F_SETFL, 0), 0);
+    EXPECT_EQ(system_->PossiblePins(), Pins::kBrief);
+  }
+  close(memory);
+  char name[] = "/var/tmp/ksmu_pins_XXXXXX";
+  const int file = mkstemp(name);
+  ASSERT_GE(file, 0);
+  unlink(name);
+  struct statfs status {};
+  ASSERT_EQ(fstatfs(file, &status), 0);
+  if (status.f_type == EXT4_SUPER_MAGIC || status.f_type == XFS_SUPER_MAGIC || status.f_type == BTRFS_SUPER_MAGIC) {
+    EXPECT_EQ(system_->PossiblePins(), Pins::kBrief) << "a file of a block device's";
+  } else if (status.f_type == OVERLAYFS_SUPER_MAGIC) {
+    EXPECT_EQ(system_->PossiblePins(), Pins::kRequests) << "what lies below is not known";
+  }
+  if (fcntl(file, F_SETFL, O_DIRECT) == 0) {
+    EXPECT_EQ(system_->PossiblePins(), Pins::kRequests) << "O_DIRECT";
+  }
+  close(file);
+  EXPECT_EQ(system_->PossiblePins(), Pins::kBrief);
+  // A queue outlives the descriptors that its requests were made through.
+  aio_context_t queue = 0;
+  if (syscall(SYS_io_setup, 1, &queue) == 0) {
+    EXPECT_EQ(system_->PossiblePins(), Pins::kRequests) << "AIO";
+    syscall(SYS_io_destroy, queue);
+    EXPECT_EQ(system_->PossiblePins(), Pins::kBrief);
+  }
 }
 
 // Called from a thread with a table of its own, as the library does: what is in that table is no matter.

@@ -240,8 +240,8 @@ Trace GenerateAlone(std::uint64_t seed) {
     } else if (r < 94) {
       add(OpKind::kPinWrite, pick(4), 1 + pick(200));
     } else if (r < 96) {
-      const int which = pick(5);
-      static constexpr int values[5][2] = {{0, 1}, {2, 256}, {0, 1}, {0, 60}, {0, 1}};
+      const int which = pick(6);
+      static constexpr int values[6][2] = {{0, 1}, {2, 256}, {0, 1}, {0, 60}, {0, 1}, {0, 1}};
       add(OpKind::kTunable, which, values[which][pick(2)]);
     } else if (r < 98) {
       add(OpKind::kMapLimit, pick(3) == 0 ? 0 : 1 + pick(8));

@@ -256,9 +256,11 @@ void World::Do(const Op& op) {
     }
     case OpKind::kTime:
       for (const Slot& s : slots_) {
-        // Nothing that is under way in the kernel takes seconds.
-        if (s.busy && (s.kind == ProgramKind::kDirectPoke || s.kind == ProgramKind::kDiscard)) return;
+        if (s.busy && s.kind == ProgramKind::kDiscard) return;  // under way in the kernel it takes no seconds
+        // Less than after which a page is merged again in place; and the clock ticks beside this.
+        if (s.busy && s.kind == ProgramKind::kDirectPoke && s.seconds + op.a > (fake_.direct_io ? 58 : 8)) return;
       }
+      for (Slot& s : slots_) s.seconds += op.a;
       fake_.AdvanceTime(static_cast<std::uint64_t>(op.a) * 1000000000u);
       return;
     case OpKind::kTunable:
@@ -277,6 +279,12 @@ void World::Do(const Op& op) {
             if (s.busy && s.kind == ProgramKind::kDirectPoke) return;
           }
           tunables_.remerge_seconds = op.b;
+          break;
+        case 5:
+          for (const Slot& s : slots_) {
+            if (s.busy && s.kind == ProgramKind::kDirectPoke) return;
+          }
+          fake_.direct_io = op.b != 0;
           break;
         default:
           tunables_.smart_scan = op.b;
@@ -535,6 +543,7 @@ bool World::StartProgram(int slot_number, ProgramKind kind, int first, int count
       return false;
   }
   slot.busy = true;
+  slot.seconds = 0;
   slot.forked = false;
   slot.kind = kind;
   slot.page = first;

@@ -59,6 +59,7 @@ class World {
     ProgramKind kind = ProgramKind::kRead;
     int page = 0, pages = 0;
     int child = 0;  // of a fork
+    int seconds = 0;  // for which it has been under way
   };
   struct Pin {
     os::PinId id;

@@ -456,6 +456,10 @@ KSMU_API int ksmu_get(const char *name, int64_t *value);
  *                                        THE LONGEST TIME FOR WHICH ANY WRITE BY THE KERNEL OR A DEVICE INTO THE
  *                                        PROGRAM'S MEMORY CAN BE UNDER WAY (direct I/O, process_vm_writev): the
  *                                        page that such a write claimed would be replaced under it, the write lost
+ *   remerge_quick_seconds 10   0 ..      the same, where no open descriptor can have a device write into the program's memory, and
+ *                                        none could for the last remerge_seconds: no O_DIRECT, block device, io_uring,
+ *                                        AIO, KVM, no file but on ext4, XFS, Btrfs, tmpfs, procfs and the like. The
+ *                                        smaller of the two is used
  *   advisor_mode       0       0, 1      1: scan-time, KSM's advisor: pages_to_scan follows what is tracked, so that all of it
  *                                        passes in advisor_target_scan_time, and cannot be set (EINVAL). Changing
  *                                        the mode sets pages_to_scan to 0. cpu_limit_percent holds all the same

@@ -111,6 +111,7 @@ const Tunable kTunables[] = {
     {"smart_scan", &g_settings.smart_scan, 0, 1},
     {"remerge", &g_settings.remerge, 0, 1},
     {"remerge_seconds", &g_settings.remerge_seconds, 0, 4000},
+    {"remerge_quick_seconds", &g_settings.remerge_quick_seconds, 0, 4000},
     {"max_maps", &g_settings.max_maps, 0, kNoMaximum},
     {"advisor_mode", &g_settings.advisor_mode, 0, 1},
     {"advisor_max_cpu", &g_settings.advisor_max_cpu, 1, 100},

@@ -425,11 +425,11 @@ void Engine::LookAtCovering(Span span) {
 }
 
 // What is merged is left to Unmerge, whose copies are made from frames. What was written since must not be replaced while a
-// write of the kernel's can be under way, and so the rule for merging again holds: unwritten for remerge_seconds, by the
+// write of the kernel's can be under way, and so the rule for merging again holds: unwritten for so many seconds, by the
 // sweeps; by looks of its own where none comes by any more, or that is 0.
 int Engine::HandOver(Span span) {
   ApplyMoves();
-  const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));
+  std::uint32_t seconds = QuickSeconds();
   const std::uint32_t now = NowSeconds();
   const auto may = [&](Address a) {
     const Page page = table_.Load(a);
@@ -440,7 +440,7 @@ int Engine::HandOver(Span span) {
   };
   CountMappings(true);
   int result = 0;
-  bool no_pins = false;
+  bool looked = false;
   Region region;
   for (Address at = span.start; NextIn(span, &at, &region);) {
     if (region.kind == Region::kMergeable) ConfirmBreaks(region.span());
@@ -467,9 +467,16 @@ int Engine::HandOver(Span span) {
                table_.Load(end).state() == first.state() && table_.Load(end).value() == first.value() + (end - a) / page_) {
           end += page_;
         }
+        if (first.state() != PageState::kDropped) {
+          if (!looked && LookForPins() == os::Pins::kForLong) return -EPERM;
+          looked = true;
+          if (const std::uint32_t needed = SecondsToRemerge(); needed > seconds) {
+            seconds = needed;
+            continue;
+          }
+        }
         const Span run{a, end - a};
         a = end;
-        if (first.state() != PageState::kDropped && !no_pins && !(no_pins = system_.NoLongTermPins())) return -EPERM;
         // What is written from here on is seen when the run has been taken, and goes back itself.
         if (seconds == 0) LookAtCovering(run);
         if (!LeavesMappings(kUnmergingLeaves) || Detach(region, run, first.state()) != 0) result = -EAGAIN;
@@ -544,8 +551,8 @@ void Engine::SettlePins() {
 // Brings back to anonymous memory whatever can be: merged and discarded pages always (nobody can have them pinned for
 // writing), broken ones under the rule for merging again.
 void Engine::DetachEverything() {
-  const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));
-  const bool no_pins = system_.NoLongTermPins();
+  const bool no_pins = LookForPins() != os::Pins::kForLong;
+  const std::uint32_t seconds = SecondsToRemerge();
   CountMappings(true);
   const std::uint32_t now = NowSeconds();
   auto may = [&](Address a) {

@@ -44,6 +44,7 @@ struct Tunables {
   std::atomic<std::int64_t> smart_scan{1};
   std::atomic<std::int64_t> remerge{1};
   std::atomic<std::int64_t> remerge_seconds{60};
+  std::atomic<std::int64_t> remerge_quick_seconds{10};
   std::atomic<std::int64_t> thp_min_duplicates{64};
   std::atomic<std::int64_t> max_maps{0};  // 0: three quarters of vm.max_map_count
   std::atomic<std::int64_t> merge_across_nodes{1};  // read when an engine starts; then see MergeAcrossNodes
@@ -320,6 +321,9 @@ class Engine {
   void TendBroken(const Region& region, Address from, Address to);
   void TendDropped(const Region& region, Span span);
   void TendRun(const Region& region, Span run);
+  os::Pins LookForPins();
+  std::uint32_t QuickSeconds() const;
+  std::uint32_t SecondsToRemerge() const;
   bool OldEnough(Page page, std::uint32_t now, std::uint32_t seconds) const;
   std::size_t Remerge(Span run);
 
@@ -490,7 +494,9 @@ class Engine {
   base::OwnVector<Span> not_read_;  // advised since the last reading
   base::OwnVector<Address> unwaitable_;  // sorted page addresses
   std::uint64_t unwaitable_until_ = 0;
-  bool no_pins_ = false;          // answer of the last look at the descriptors
+  os::Pins pins_ = os::Pins::kForLong;  // answer of the last look at the descriptors
+  bool requests_seen_ = false;          // direct I/O was possible, at requests_at_
+  std::uint32_t requests_at_ = 0;       // seconds
   struct InFlight {
     Address page = 0;
     std::uint64_t until = 0;
@@ -499,7 +505,7 @@ class Engine {
   std::size_t in_flight_next_ = 0;
   std::uint64_t in_flight_until_ = 0;  // the latest of them
   std::uint64_t all_in_flight_until_ = 0;  // more than the ring can hold: any page may be one
-  bool no_pins_known_ = false;    // and it is of this sweep
+  bool pins_known_ = false;       // and it is of this pass
   void (*poll_)(void*) = nullptr;
   void* poll_cookie_ = nullptr;
   const os::File* inherited_ = nullptr;

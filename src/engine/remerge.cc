@@ -60,6 +60,25 @@ void Engine::TendDropped(const Region& region, Span span) {
   }
 }
 
+std::uint32_t Engine::QuickSeconds() const {
+  const auto seconds = tunables_.remerge_seconds.load(std::memory_order_relaxed);
+  return static_cast<std::uint32_t>(std::min(seconds, tunables_.remerge_quick_seconds.load(std::memory_order_relaxed)));
+}
+
+os::Pins Engine::LookForPins() {
+  pins_ = system_.PossiblePins();
+  pins_known_ = true;
+  if (pins_ != os::Pins::kBrief) requests_seen_ = true, requests_at_ = NowSeconds();
+  return pins_;
+}
+
+// By the last look. What was asked of a device may outlive the descriptor that it was asked through.
+std::uint32_t Engine::SecondsToRemerge() const {
+  const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));
+  if (pins_ != os::Pins::kBrief || (requests_seen_ && NowSeconds() - requests_at_ < seconds)) return seconds;
+  return QuickSeconds();
+}
+
 // A page with contents of its own has been left alone for long enough to be taken out of its place.
 bool Engine::OldEnough(Page page, std::uint32_t now, std::uint32_t seconds) const {
   const std::uint32_t age = (now - page.stamp()) & Page::kStampMask;
@@ -68,7 +87,7 @@ bool Engine::OldEnough(Page page, std::uint32_t now, std::uint32_t seconds) cons
 
 // Looks at what lies broken or dropped in [from, to), and does what can be done for it.
 void Engine::TendBroken(const Region& region, Address from, Address to) {
-  const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));
+  std::uint32_t seconds = QuickSeconds();
   const std::uint32_t now = NowSeconds();
   const bool look_again = pass_ % 64 == 0;
   TendDropped(region, {from, to - from});
@@ -95,12 +114,13 @@ void Engine::TendBroken(const Region& region, Address from, Address to) {
     if (system_.QueryMapping(at, &mapping) == 0 && mapping.start <= at) end = std::min(end, mapping.end);
     const Span run{at, end - at};
     // A long-term pin may be older than the break, and a page pinned for DMA must stay where it is. Pins taken after
-    // the last sweep had to write to the page first, and then it is not ripe: so one look a sweep is enough.
-    if (!no_pins_known_) {
-      no_pins_ = system_.NoLongTermPins();
-      no_pins_known_ = true;
+    // the last sweep had to write to the page first, and then it is not ripe: so one look a pass is enough.
+    if (!pins_known_) LookForPins();
+    if (pins_ == os::Pins::kForLong) return;
+    if (const std::uint32_t needed = SecondsToRemerge(); needed > seconds) {
+      seconds = needed;
+      continue;
     }
-    if (!no_pins_) return;
     CountMappings(false);
     if (!LeavesMappings(kTendingLeaves)) return;
     TendRun(region, run);

@@ -13,6 +13,11 @@ namespace {
 constexpr std::int64_t kMillisecond = 1'000'000;
 constexpr std::int64_t kFirstPassSleep = 100 * kMillisecond;  // the interval in which a page has to be still
 constexpr std::int64_t kLongestPassSleep = 2000 * kMillisecond;
+// Passes come as fast as they pay: a page saved is worth this much CPU time, which merging pages one by one takes at most. Those
+// that do not pay come ever less often, until they take one part in so many of a CPU.
+constexpr std::int64_t kWorthOfPageNs = 100'000;
+constexpr std::int64_t kFruitlessPart = 500;
+constexpr std::int64_t kFruitlessSleep = 10000 * kMillisecond;
 constexpr std::int64_t kNewsSleep = 200 * kMillisecond;  // what a broker and other members have to say waits so long
 // Threads of the program wait at the scanner's gates, whatever their priority: so it is not put behind them, and those who
 // answer go first where that is permitted. What the scanner may use is bounded by cpu_limit_percent.
@@ -594,6 +599,19 @@ std::int64_t Runtime::AdvisePages() const {
   return std::max(least, std::min(most, static_cast<std::int64_t>(wanted)));
 }
 
+// Whether the pass that has just ended paid for itself: by what is saved now and was not before it. What the program fills and the
+// scanner drops again and again saves nothing.
+bool Runtime::PassPaid() {
+  const CounterValues counters = engine_->counters().Read();
+  const std::int64_t saved = counters.in(PageState::kMerged) + counters.in(PageState::kZero);
+  const std::int64_t gain = saved - saved_at_pass_;
+  saved_at_pass_ = saved;
+  const auto cpu = static_cast<std::int64_t>(system_->ThreadCpuNanoseconds());
+  pass_cpu_ns_ = cpu - cpu_at_pass_;
+  cpu_at_pass_ = cpu;
+  return gain > 0 && gain * kWorthOfPageNs >= pass_cpu_ns_;
+}
+
 // One step, and when pacing lets the next one come. A command that ends the sleep does not bring the next step forward.
 void Runtime::Scan() {
   const std::uint64_t begun = system_->NowNanoseconds(), cpu = system_->ThreadCpuNanoseconds();
@@ -630,13 +648,15 @@ void Runtime::Scan() {
   rest_until_ = now + static_cast<std::uint64_t>(sleep);
   if (step.pass_ended) {
     // The length of a pass is the interval in which a page has to be still: not shorter than a tenth of a second, unless
-    // somebody wants it flat out. A pass that finds nothing doubles it.
+    // somebody wants it flat out. A pass that finds nothing doubles it, and so does one that finds less than it costs.
+    const bool paid = PassPaid();
+    const bool fruitful = step.fruitful && (paid || !settings_.smart_scan.load(std::memory_order_relaxed));
     if (sleep_millisecs == 0) {
       pass_sleep_ns_ = step.fruitful ? 0 : std::min(pass_sleep_ns_ + kMillisecond, 20 * kMillisecond);
-    } else if (step.fruitful || pass_sleep_ns_ == 0) {
+    } else if (fruitful || pass_sleep_ns_ == 0) {
       pass_sleep_ns_ = std::max(kFirstPassSleep, sleep_millisecs * kMillisecond);
     } else {
-      pass_sleep_ns_ = std::min(pass_sleep_ns_ * 2, kLongestPassSleep);
+      pass_sleep_ns_ = std::min(pass_sleep_ns_ * 2, std::clamp(pass_cpu_ns_ * kFruitlessPart, kLongestPassSleep, kFruitlessSleep));
     }
     sleep = std::max(sleep, pass_sleep_ns_);
   }

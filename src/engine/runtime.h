@@ -147,6 +147,7 @@ class Runtime {
   bool MayRunWhileParked(const Command& command) const;
   void Sleep(std::int64_t ns);
   void Scan();
+  bool PassPaid();
   void Answer(Slot* slot);
   void Nudge();
   // domain.cc
@@ -180,6 +181,9 @@ class Runtime {
 
   // Pacing.
   std::int64_t pass_sleep_ns_ = 0;
+  std::int64_t pass_cpu_ns_ = 0;    // of the last whole pass
+  std::int64_t cpu_at_pass_ = 0;    // the scanner's, when it ended
+  std::int64_t saved_at_pass_ = 0;  // pages merged and zero then
   std::size_t batch_pages_ = 0;
   std::int64_t debt_ns_ = 0;         // wall time still to be slept off for CPU time used
   std::uint64_t next_scan_at_ = 0;

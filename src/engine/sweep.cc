@@ -87,6 +87,7 @@ Engine::StepResult Engine::Step() {
     looking_ = pass_ - look_pass_ >= kLookPasses && now - look_at_ >= kLookNs;
     Add(counters_.full_scans, 1);
     mappings_at_pass_ = 0;
+    pins_known_ = false;
     return result;
   }
   const Region region = *found;  // by value: the list may change under the merge of a moved range
@@ -222,7 +223,7 @@ std::size_t Engine::Sweep(const Region& region, Address from, Address to, bool n
   request.write_protect = true;
   const os::ScanResult scan = system_.Scan({from, to - from}, request, runs_, kRuns);
   if (scan.error) return 0;
-  no_pins_known_ = false;
+  if (now) pins_known_ = false;
   const Address walked = std::min(scan.walked_to, to);
   *swept_to = walked;
   // Sparse ranges are crossed in growing strides.

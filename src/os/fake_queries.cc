@@ -545,10 +545,11 @@ void FakeSystem::VisitUnwaitableWords(bool (*each)(void* cookie, Address), void*
   }
 }
 
-bool FakeSystem::NoLongTermPins() {
-  Scope scope(*this, "NoLongTermPins");
+Pins FakeSystem::PossiblePins() {
+  Scope scope(*this, "PossiblePins");
   const bool held = std::any_of(pins_.begin(), pins_.end(), [](const PinState& p) { return p.live; });
-  return no_long_term_pins && (!held || lies.pins_are_never_held);
+  if (!no_long_term_pins || (held && !lies.pins_are_never_held)) return Pins::kForLong;
+  return direct_io ? Pins::kRequests : Pins::kBrief;
 }
 
 // --- looking at it --------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ struct FakeLies {
   bool zero_page_shows_frame = false;  // ZeroPage says it worked and maps nothing
   bool move_takes_a_copy = false;      // the source stays where it is
   bool events_never_pending = false;
-  bool pins_are_never_held = false;  // NoLongTermPins() whatever is pinned
+  bool pins_are_never_held = false;  // PossiblePins() knows of none, whatever is pinned
 };
 
 struct FakeOptions {
@@ -155,6 +155,7 @@ class FakeSystem : public System {
   void AdvanceTime(std::uint64_t nanoseconds) { now_ += nanoseconds; }
   std::size_t max_mappings;
   bool no_long_term_pins = true;  // false: something could hold one, though nothing does
+  bool direct_io = true;          // and it could have a device write to memory for a while
   std::uint64_t available_memory = std::uint64_t{16} << 30;
   std::uint64_t file_size_limit = UINT64_MAX;
   std::vector<Address> unwaitable_words;
@@ -207,7 +208,7 @@ class FakeSystem : public System {
   int MapFile(const File&, std::size_t bytes, const std::byte** out) override;
   void UnmapFile(const std::byte*, std::size_t bytes) override;
   void VisitUnwaitableWords(bool (*each)(void* cookie, Address), void* cookie) override;
-  bool NoLongTermPins() override;
+  Pins PossiblePins() override;
   std::uint64_t AvailableMemory() override { return available_memory; }
   std::uint64_t NowNanoseconds() override { return now_ += 1000; }
   std::uint64_t ThreadCpuNanoseconds() override { return now_; }

@@ -544,10 +544,10 @@ void LinuxSystem::VisitUnwaitableWords(bool (*each)(void* cookie, Address), void
   os::VisitUnwaitableWords(*this, own_threads_, each, cookie);
 }
 
-bool LinuxSystem::NoLongTermPins() {
+Pins LinuxSystem::PossiblePins() {
   Span rings[2];
   std::size_t count = batch_.RingMappings(rings);
-  return os::NoLongTermPins(own_threads_, pins_, rings, count);
+  return os::PossiblePins(own_threads_, pins_, rings, count);
 }
 
 std::uint64_t LinuxSystem::AvailableMemory() { return memory_.Available(); }

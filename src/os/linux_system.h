@@ -109,7 +109,7 @@ class LinuxSystem final : public System {
   void UnmapFile(const std::byte*, std::size_t bytes) override;
 
   void VisitUnwaitableWords(bool (*each)(void* cookie, Address), void* cookie) override;
-  bool NoLongTermPins() override;
+  Pins PossiblePins() override;
   std::uint64_t AvailableMemory() override;
   std::uint64_t NowNanoseconds() override;
   std::uint64_t ThreadCpuNanoseconds() override;

@@ -146,6 +146,14 @@ struct Features {
   bool io_uring = false;
 };
 
+// For how long somebody may be writing to pages of the process past its page tables, by the descriptors that it has open.
+enum class Pins : std::uint8_t {
+  kBrief,     // for the time of a call of another process's (process_vm_writev, ptrace)
+  kRequests,  // of a request to a device, too: direct I/O
+  kForLong,   // for ever: registered buffers, DMA
+};
+
+
 class System {
  public:
   virtual ~System() = default;
@@ -273,9 +281,9 @@ class System {
   // Addresses that the kernel writes or reads for threads that cannot wait (robust lists and the words beside them).
   // Calls `each` with single addresses; stops when it returns false.
   virtual void VisitUnwaitableWords(bool (*each)(void* cookie, Address), void* cookie) = 0;
-  // True if nothing in the process can hold a long-term pin (every open descriptor is of a kind known to hold none).
-  // Looks afresh each time: some 50 µs, and 0.7 µs for each mapping of the process.
-  virtual bool NoLongTermPins() = 0;
+  // Looks afresh each time: some 50 µs, a few for each open file, and 0.7 µs for each mapping of the process.
+  virtual Pins PossiblePins() = 0;
+  bool NoLongTermPins() { return PossiblePins() != Pins::kForLong; }
   // Free memory for unmerging: MemAvailable + swap, bounded by the cgroup; bytes.
   virtual std::uint64_t AvailableMemory() = 0;
   virtual std::uint64_t NowNanoseconds() = 0;        // monotonic

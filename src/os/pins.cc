@@ -2,8 +2,10 @@
 
 #include <fcntl.h>
 #include <linux/major.h>
+#include <linux/magic.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/sysmacros.h>
 
 #include <algorithm>
@@ -40,6 +42,28 @@ bool HarmlessAnonInode(std::string_view name) {
       "[pidfd]",   "[fanotify]", "[perf_event]", "kvm-vm",  "[kvm-vm]",  "kvm-vm-stats", "kvm-vcpu-stats",
   };
   return IsOneOf(name, kHarmless) || name.substr(0, 9) == "kvm-vcpu:";
+}
+
+// A nested guest's control pages stay mapped by the kernel for as long as that guest runs (kvm_vcpu_map).
+bool IsGuest(std::string_view name) { return name.find("kvm-v") != std::string_view::npos; }
+
+// Whose read(2) copies, if not told otherwise by O_DIRECT. Others (FUSE, NFS, 9p, CIFS, and overlayfs, which may lie over one of
+// them) read straight into the program's pages where they are mounted without a cache.
+bool CopiesOnRead(long file_system) {
+  switch (static_cast<unsigned long>(file_system)) {
+    case EXT4_SUPER_MAGIC:
+    case XFS_SUPER_MAGIC:
+    case BTRFS_SUPER_MAGIC:
+    case TMPFS_MAGIC:
+    case RAMFS_MAGIC:
+    case HUGETLBFS_MAGIC:
+    case PROC_SUPER_MAGIC:
+    case SYSFS_MAGIC:
+    case CGROUP2_SUPER_MAGIC:
+      return true;
+    default:
+      return false;
+  }
 }
 
 bool HarmlessCharacterDevice(dev_t device, std::string_view path) {
@@ -106,6 +130,8 @@ class TableCheck {
     if (pidfd_ >= 0) close(pidfd_);
   }
 
+  bool requests() const { return requests_; }
+
   bool Harmless() {
     PathBuffer path;
     path.Add("/proc/self/task/").Add(static_cast<std::uint64_t>(thread_)).Add("/fd");
@@ -138,35 +164,63 @@ class TableCheck {
     if (size < 0) return false;
     std::string_view text(target, static_cast<std::size_t>(size));
     if (TakePrefix(&text, "anon_inode:")) {
-      if (text == "[io_uring]") return policy_.trust_ring_without_buffers && RingShowsNoBuffers(number);
-      return HarmlessAnonInode(text);
+      const bool ring = text == "[io_uring]";
+      requests_ |= ring || IsGuest(text);
+      return ring ? policy_.trust_ring_without_buffers && RingShowsNoBuffers(number) : HarmlessAnonInode(text);
     }
     if (text.substr(0, 8) == "socket:[") return HarmlessSocket(number);
     if (text.substr(0, 6) == "pipe:[" || text.substr(0, 7) == "pidfd:[" || text.substr(0, 5) == "net:[") return true;
     struct stat status {};
     int error = raw::Repeat([&] { return fstatat(directory_, name.c_str(), &status, 0); });
-    return error == -ENOENT || (error == 0 && HarmlessFile(status, text));
+    if (error == -ENOENT) return true;
+    if (error != 0 || !HarmlessFile(status, text)) return false;
+    const bool block = S_ISBLK(status.st_mode);  // SG_IO needs no O_DIRECT
+    if (!requests_ && (block || S_ISREG(status.st_mode))) requests_ = block || !IsBuffered(number);
+    return true;
   }
 
-  bool RingShowsNoBuffers(int number) {
+  // Calls take(rest of the line) with the line of the descriptor's fdinfo that begins so. False also where there is none: a ring that is
+  // busy prints nothing. `gone`: what is said of a descriptor that has been closed meanwhile.
+  template <class Take>
+  bool FdInfo(int number, std::string_view begin, bool gone, Take take) {
     PathBuffer path;
     path.Add("/proc/self/task/").Add(static_cast<std::uint64_t>(thread_)).Add("/fdinfo/");
     path.Add(static_cast<std::uint64_t>(number));
     int fd = raw::Repeat([&] { return open(path.c_str(), O_RDONLY | O_CLOEXEC); });
-    if (fd < 0) return fd == -ENOENT;
+    if (fd < 0) return gone && fd == -ENOENT;
     char buffer[1024];
     LineReader lines(fd, buffer, sizeof buffer);
     std::string_view line;
-    bool none = false;
+    bool result = false;
     while (lines.Next(&line)) {
-      if (!TakePrefix(&line, "UserBufs:")) continue;
+      if (!TakePrefix(&line, begin)) continue;
       SkipSpaces(&line);
-      std::uint64_t count;
-      none = TakeDecimal(&line, &count) && count == 0;
+      result = take(line);
       break;
     }
     close(fd);
-    return none;  // also false where the ring was busy and printed nothing
+    return result;
+  }
+
+  bool RingShowsNoBuffers(int number) {
+    return FdInfo(number, "UserBufs:", true, [](std::string_view text) {
+      std::uint64_t count;
+      return TakeDecimal(&text, &count) && count == 0;
+    });
+  }
+
+  bool IsBuffered(int number) {
+    const bool copies = FdInfo(number, "flags:", true, [](std::string_view text) {
+      unsigned long flags = 0;
+      for (char digit : text) flags = flags * 8 + static_cast<unsigned long>(digit - '0');
+      return (flags & O_DIRECT) == 0;
+    });
+    if (!copies) return false;
+    PathBuffer path;
+    path.Add("/proc/self/task/").Add(static_cast<std::uint64_t>(thread_)).Add("/fd/").Add(static_cast<std::uint64_t>(number));
+    struct statfs status {};
+    const int error = raw::Repeat([&] { return statfs(path.c_str(), &status); });
+    return error == -ENOENT || (error == 0 && CopiesOnRead(static_cast<long>(status.f_type)));
   }
 
   // The link does not tell the family: fetch a copy of the descriptor and ask it.
@@ -188,6 +242,7 @@ class TableCheck {
 
   int thread_;
   const PinPolicy& policy_;
+  bool requests_ = false;  // a device may be carrying one out, on pages of the program's
   int directory_ = -1;
   int pidfd_ = -1;
 };
@@ -203,7 +258,7 @@ struct TablesCheck {
   bool skip_own_table = !SameTable(getpid(), self);
   int seen[kMostTables] = {};
   std::size_t count = 0;
-  bool harmless = true;
+  bool harmless = true, requests = false;
 
   static bool SameTable(int a, int b) { return syscall(SYS_kcmp, a, b, uapi::kKcmpFiles, 0, 0) == 0; }
 
@@ -213,17 +268,25 @@ struct TablesCheck {
       if (SameTable(thread, seen[i])) return true;
     }
     if (count < kMostTables) seen[count++] = thread;
-    return harmless = TableCheck(thread, policy).Harmless();
+    TableCheck table(thread, policy);
+    harmless = table.Harmless();
+    requests |= table.requests();
+    return harmless;
   }
 };
 
-bool HarmlessMapping(const Mapping& mapping, std::string_view name, const PinPolicy& policy) {
+// `requests` is set where the mapping is a queue of direct I/O, whose files may have been closed.
+bool HarmlessMapping(const Mapping& mapping, std::string_view name, const PinPolicy& policy, bool* requests) {
   if (mapping.special || mapping.heap || mapping.stack || mapping.anonymous) return true;
   if (TakePrefix(&name, "anon_inode:")) {
     // A ring that is still mapped may have been closed: then only VmPin speaks of it.
-    if (name == "[io_uring]") return policy.trust_ring_without_buffers;
+    if (name == "[io_uring]") {
+      *requests = true;
+      return policy.trust_ring_without_buffers;
+    }
     return HarmlessAnonInode(name);
   }
+  if (name.substr(0, 6) == "/[aio]") *requests = true;
   // Files; but not "socket:[...]", and not a device's registers, which sysfs shows as files.
   if (name.substr(0, 5) != "/dev/") return name.substr(0, 1) == "/" && name.substr(0, 5) != "/sys/" && !IsDmaBuf(name);
   if (name.substr(0, 9) == "/dev/shm/" || name.substr(0, 9) == "/dev/zero" || name.substr(0, 14) == "/dev/hugepages") {
@@ -235,7 +298,7 @@ bool HarmlessMapping(const Mapping& mapping, std::string_view name, const PinPol
   return path.ok() && raw::Repeat([&] { return stat(path.c_str(), &status); }) == 0 && HarmlessFile(status, name);
 }
 
-bool MappingsHarmless(const PinPolicy& policy, const Span* own_rings, std::size_t own_ring_count) {
+bool MappingsHarmless(const PinPolicy& policy, const Span* own_rings, std::size_t own_ring_count, bool* requests) {
   int fd = raw::Repeat([] { return open("/proc/self/maps", O_RDONLY | O_CLOEXEC); });
   if (fd < 0) return false;
   char buffer[8192];
@@ -247,7 +310,7 @@ bool MappingsHarmless(const PinPolicy& policy, const Span* own_rings, std::size_
     if (!ParseMapsLine(line, &mapping, &name)) continue;
     bool ours =
         std::any_of(own_rings, own_rings + own_ring_count, [&](Span ring) { return ring.contains(mapping.start); });
-    harmless = ours || HarmlessMapping(mapping, name, policy);
+    harmless = ours || HarmlessMapping(mapping, name, policy, requests);
   }
   harmless = harmless && lines.error() == 0;
   close(fd);
@@ -256,12 +319,13 @@ bool MappingsHarmless(const PinPolicy& policy, const Span* own_rings, std::size_
 
 }  // namespace
 
-bool NoLongTermPins(const OwnThreads& own, const PinPolicy& policy, const Span* own_rings, std::size_t own_ring_count) {
-  if (!NothingAccountedAsPinned()) return false;
+Pins PossiblePins(const OwnThreads& own, const PinPolicy& policy, const Span* own_rings, std::size_t own_ring_count) {
+  if (!NothingAccountedAsPinned()) return Pins::kForLong;
   TablesCheck check{own, policy};
   if (ForEachThread([](void* v, int thread) { return static_cast<TablesCheck*>(v)->Visit(thread); }, &check) < 0)
-    return false;
-  return check.harmless && MappingsHarmless(policy, own_rings, own_ring_count);
+    return Pins::kForLong;
+  if (!check.harmless || !MappingsHarmless(policy, own_rings, own_ring_count, &check.requests)) return Pins::kForLong;
+  return check.requests ? Pins::kRequests : Pins::kBrief;
 }
 
 }  // namespace ksmu::os

@@ -1,8 +1,9 @@
-// Whether anything in the process can hold a long-term pin on its memory (DMA by a device, a registered buffer).
+// Whether anything in the process can hold a pin on its memory (DMA by a device, a registered buffer, direct I/O).
 //
 // A page that was broken cannot be asked whether it is pinned: UFFDIO_MOVE refuses pages of a private file mapping, and
 // no other call tells. So the question is turned round: pins are taken through descriptors, and every descriptor of
-// the program has to be of a kind that is known to hold none beyond a single request.
+// the program has to be of a kind that is known to hold none beyond a single request, or (buffered files, pipes, sockets) none
+// at all. A request that outlives the descriptors and rings that it was made through is not seen.
 #pragma once
 
 #include "os/os.h"
@@ -17,8 +18,8 @@ struct PinPolicy {
   bool trust_ring_without_buffers = false;
 };
 
-// True if nothing can. Looks afresh at each call: descriptor tables of all threads but our own, and the mappings, which
+// What can be. Looks afresh at each call: descriptor tables of all threads but our own, and the mappings, which
 // keep a file alive whose descriptor has been closed. `own_rings` are mappings of rings of the library's own.
-bool NoLongTermPins(const OwnThreads& own, const PinPolicy& policy, const Span* own_rings, std::size_t own_ring_count);
+Pins PossiblePins(const OwnThreads& own, const PinPolicy& policy, const Span* own_rings, std::size_t own_ring_count);
 
 }  // namespace ksmu::os
