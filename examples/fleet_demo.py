@@ -196,7 +196,7 @@ def run(kind, given, kernel, initrd):
             percent = 100 * (seconds() - first) / (time.time() - begun)
             said = ""
             if kind == "KSM":
-                said = " ".join(f"{n} {int(guest.content(KSM + n))}" for n in ("pages_shared", "pages_sharing", "ksm_zero_pages")
+                said = " ".join(f"{n} {int(guest.content(KSM + n))}" for n in ("pages_shared", "pages_sharing", "ksm_zero_pages", "pages_unshared", "pages_volatile")
                                 if os.path.exists(KSM + n))
             if kind == "ksmu":
                 merged = sum(m.counter("pages_merged") for m in fleet)

@@ -210,6 +210,7 @@ class Engine {
   bool SampleSegment(Segment* segment);
   std::size_t ExpectedOf(const Segment& segment, bool now);
   void TendSampled(Segment* segment, bool now);
+  void CountPass(std::uint64_t now);
   Address TendUnarmed(Segment* segment, Address end, bool now);
   void LetGoIfFruitless(Segment* segment);
   void TendLetGo(Segment* segment, bool now);
@@ -219,6 +220,8 @@ class Engine {
   void LetGoOn(Segment* segment);
   bool IsWhole(const Segment& segment, bool* huge);
   bool IsUnchanged(const Segment& segment, bool* huge);
+  bool HasChanged(Segment* segment);
+  bool IsKnown(std::uint32_t hash);
   bool ApproveIfWorthIt(Segment* segment, bool now);
   bool ApproveSampled(Span span);
 
@@ -421,7 +424,13 @@ class Engine {
 
   // The scanner's place in the pass, and its scratch, allocated at Start: nothing is allocated while a gate is shut.
   Address cursor_ = 0;
-  std::uint32_t pass_ = 1;
+  std::uint32_t pass_ = 1;        // counts passes, and seconds where a pass takes longer (with the sleep after it)
+  std::uint32_t pass_step_ = 1;   // what the last one counted for
+  bool audits_ = false;           // this pass audits regions, and tries again what could not be helped
+  std::uint64_t pass_at_ = 0;     // when the last one ended
+  bool probing_ = false;          // this pass looks whether unarmed segments have changed
+  bool probe_found_ = false;      // and has found one
+  std::uint64_t probe_at_ = 0, probe_sleep_ = 0;  // the next one that does, ns, and how long after the last one
   std::uint64_t reclaim_at_ = 0, audit_at_ = 0;
   bool skip_cold_ = false;        // this pass asks nothing about segments that have been quiet for long
   std::uint32_t cold_pass_ = 0;   // the last one that did, and when it ended

@@ -87,6 +87,20 @@ bool Engine::IsWhole(const Segment& segment, bool* huge) {
   return true;
 }
 
+// Whether a frame, or a candidate that is known here, has this hash.
+bool Engine::IsKnown(std::uint32_t hash) {
+  bool known = false;
+  index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
+    std::uint32_t entrys;
+    known = HashOfEntry(this, entry, &entrys) && entrys == hash;
+    return known ? frames::Index::Visit::kStop : frames::Index::Visit::kNext;
+  });
+  if (!known && pool_.source()) {
+    pool_.source()->Lookup(hash, [](void* cookie, frames::Frame) { return !(*static_cast<bool*>(cookie) = true); }, &known);
+  }
+  return known;
+}
+
 // Reads the segment and remembers what it has seen. False: the segment is not huge any more.
 bool Engine::SampleSegment(Segment* segment) {
   if (gate_.LeftShut()) return true;  // not now
@@ -95,6 +109,8 @@ bool Engine::SampleSegment(Segment* segment) {
   int node = 0;  // of all of it: it is one page
   if (by_node_ && (node = NodeNow(segment->start)) == os::kNoNode) return false;
   Sample now;
+  std::array<std::uint32_t, kMaxSegmentPages> seen;
+  std::size_t seen_size = 0;
   const std::size_t pages = table_.pages_per_segment();
   std::size_t read = 0;
   std::byte* const bytes = ReadBuffer(kReadPages);
@@ -109,6 +125,7 @@ bool Engine::SampleSegment(Segment* segment) {
       }
       const std::uint64_t whole_hash = WholeHashOf(bytes + i * page_, node);
       const auto hash = static_cast<std::uint32_t>(whole_hash >> 32);
+      seen[seen_size++] = hash;
       if (!frames::SampleTable::Sampled(hash) || now.count == now.hashes.size()) continue;
       now.hashes[now.count++] = hash;
       // Whoever has it too is told so, and tells us: the table then holds it for another place.
@@ -116,11 +133,20 @@ bool Engine::SampleSegment(Segment* segment) {
     }
   }
   Add(counters_.pages_scanned, static_cast<std::int64_t>(read));
+  // A content that fills half of the segment is one content: the chances are that it is not among those remembered.
+  std::sort(seen.begin(), seen.begin() + seen_size);
+  for (std::size_t i = 0; i < seen_size;) {
+    std::size_t end = i + 1;
+    while (end < seen_size && seen[end] == seen[i]) ++end;
+    now.alike += IsKnown(seen[i]) ? end - i : end - i - 1;
+    i = end;
+  }
   std::sort(now.hashes.begin(), now.hashes.begin() + now.count);
   for (std::size_t i = 0; i < now.count; ++i) sample_table_.Insert(now.hashes[i], PlaceOf(*segment));
   Sample& sample = *segment->sample;
   // What was there the last time, too, is still.
   now.still_zeros = std::min(now.zeros, sample.zeros);
+  now.still_alike = std::min(now.alike, sample.alike);
   for (std::size_t i = 0; i < now.count; ++i) {
     const bool before = std::binary_search(sample.hashes.begin(), sample.hashes.begin() + sample.count, now.hashes[i]);
     if (sample.taken && before) now.still |= std::uint64_t{1} << i;
@@ -139,19 +165,40 @@ std::size_t Engine::ExpectedOf(const Segment& segment, bool now) {
     if (!now && !(sample.still >> i & 1)) continue;
     bool known = (i > 0 && sample.hashes[i - 1] == hash) || (i + 1 < sample.count && sample.hashes[i + 1] == hash) ||
                  sample_table_.Elsewhere(hash, PlaceOf(segment));
-    if (!known) {
-      index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
-        std::uint32_t entrys;
-        known = HashOfEntry(this, entry, &entrys) && entrys == hash;
-        return known ? frames::Index::Visit::kStop : frames::Index::Visit::kNext;
-      });
-    }
-    if (!known && pool_.source()) {
-      pool_.source()->Lookup(hash, [](void* cookie, frames::Frame) { return !(*static_cast<bool*>(cookie) = true); }, &known);
-    }
-    found += known;
+    found += known || IsKnown(hash);
   }
-  return found * kOneIn + (now ? sample.zeros : sample.still_zeros);
+  return std::max(found * kOneIn, now ? sample.alike : sample.still_alike) + (now ? sample.zeros : sample.still_zeros);
+}
+
+// Whether the contents of a few pages tell that the segment, which waits to be looked at, is not what it was; and, where it is
+// sampled, that it has come to rest. So what is given new contents as a whole need not wait for long.
+bool Engine::HasChanged(Segment* segment) {
+  bool huge = false;
+  if (gate_.LeftShut() || !IsWhole(*segment, &huge)) return false;
+  const bool sampled = segment->huge == Segment::kSampling;
+  std::array<std::uint32_t, std::tuple_size_v<decltype(Sample::probes)>> seen{};
+  for (std::size_t i = 0; i < seen.size(); ++i) {
+    const std::size_t stride = table_.pages_per_segment() / seen.size();
+    const Address at = segment->start + (i * stride + stride / 3) * page_;
+    if (system_.ReadProgram(at, scratch_, page_) != page_) return false;
+    FindNodes({at, page_});
+    seen[i] = HashOf(scratch_, nodes_[0]);
+    const Page page = table_.Load(at);
+    if (!sampled && page.state() == PageState::kStill && page.value() != seen[i]) return probe_found_ = true;
+  }
+  if (!sampled || !segment->sample->taken) return false;
+  Sample& sample = *segment->sample;
+  const bool differs = sample.probed && seen != sample.probes;
+  const bool rests = sample.changed && !differs;
+  sample.probed = true;
+  sample.probes = seen;
+  sample.changed = differs;
+  probe_found_ |= differs;
+  if (!rests) return false;
+  // From the beginning: what was there before says nothing of what is still.
+  sample.taken = false;
+  segment->backoff = 0;
+  return true;
 }
 
 // Not armed: it is let go of, being sampled, or waits for its turn; those behind it that wait, too, are passed in one go.
@@ -162,12 +209,16 @@ Address Engine::TendUnarmed(Segment* segment, Address end, bool now) {
     Address at = segment->start;
     for (; segment && segment->start == at && at < end && segment->wait && !segment->armed();
          segment = table_.NextSegment(at)) {
-      --segment->wait;
+      if (probing_ && HasChanged(segment)) {
+        segment->wait = 0;
+        break;
+      }
+      segment->wait -= static_cast<std::uint16_t>(std::min<std::uint32_t>(segment->wait, pass_step_));
       at += kSegmentBytes;
       ++passed;
     }
     Add(counters_.pages_skipped, static_cast<std::int64_t>(passed * table_.pages_per_segment()));
-    return std::min(at, end);
+    if (passed || !segment || segment->wait) return std::min(at, end);
   }
   if (segment->huge == Segment::kSampling) TendSampled(segment, now);
   else TendLetGo(segment, now);

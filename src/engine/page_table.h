@@ -33,7 +33,10 @@ struct Sample {
   std::array<std::uint32_t, 64> hashes{};  // sorted
   std::uint64_t still = 0;                 // which of them were there the last time, too
   std::size_t count = 0, zeros = 0, still_zeros = 0;
+  std::size_t alike = 0, still_alike = 0;  // pages whose content a frame has, or another page of the segment
   bool taken = false;
+  std::array<std::uint32_t, 4> probes{};   // hashes of a few pages, as last looked at
+  bool probed = false, changed = false;    // whether they were, and whether they were different from the time before
   void Clear() { *this = Sample(); }
 };
 

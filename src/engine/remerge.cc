@@ -89,7 +89,7 @@ bool Engine::OldEnough(Page page, std::uint32_t now, std::uint32_t seconds) cons
 void Engine::TendBroken(const Region& region, Address from, Address to) {
   std::uint32_t seconds = QuickSeconds();
   const std::uint32_t now = NowSeconds();
-  const bool look_again = pass_ % 64 == 0;
+  const bool look_again = audits_;
   TendDropped(region, {from, to - from});
   for (Address at = from; at < to;) {
     const Page first = table_.Load(at);

@@ -13,11 +13,13 @@ constexpr std::size_t kRuns = 1024;
 constexpr std::uint32_t kAuditEvery = 64;                   // passes
 constexpr std::uint8_t kMaxBackoff = 6;
 constexpr std::size_t kQuietBytes = std::size_t{256} << 20;
-constexpr std::uint32_t kLookPasses = 32;                   // and kLookNs, whichever is later
+constexpr std::uint32_t kLookPasses = 64;                   // and kLookNs, whichever is later
 constexpr std::uint64_t kLookNs = 4'000'000'000;
 constexpr std::uint8_t kCold = 8;                           // quiet sweeps
 constexpr std::uint32_t kColdPasses = 8;                    // as many as KSM's smart scan leaves out at most
 constexpr std::uint64_t kColdNs = 4'000'000'000;
+constexpr std::uint32_t kMostPasses = 64;                  // that one pass can count for
+constexpr std::uint64_t kProbeNs = 4'000'000'000, kLongestProbeNs = 32'000'000'000;
 constexpr std::uint64_t kReclaimRetryNs = 100'000'000;
 constexpr std::uint64_t kAuditReleasedNs = 1'000'000'000;
 
@@ -66,6 +68,20 @@ int Engine::Start() {
   return gate_.Start();
 }
 
+void Engine::CountPass(std::uint64_t now) {
+  const std::uint64_t seconds = pass_at_ ? (now - pass_at_) / 1'000'000'000 : 0;
+  pass_step_ = static_cast<std::uint32_t>(std::clamp<std::uint64_t>(seconds, 1, kMostPasses));
+  pass_at_ = now;
+  audits_ = (pass_ + pass_step_) / kAuditEvery != pass_ / kAuditEvery;
+  pass_ += pass_step_;
+  if (probing_) {
+    probe_sleep_ = probe_found_ ? kProbeNs : std::min(probe_sleep_ * 2, kLongestProbeNs);
+    probe_at_ = now + probe_sleep_;
+  }
+  probing_ = now >= probe_at_;
+  probe_found_ = false;
+}
+
 Engine::StepResult Engine::Step() {
   StepResult result;
   Housekeeping();
@@ -78,8 +94,8 @@ Engine::StepResult Engine::Step() {
     if (!fruitful_) ForgetReadBuffer();
     fruitful_ = false;
     cursor_ = 0;
-    ++pass_;
     const std::uint64_t now = system_.NowNanoseconds();
+    CountPass(now);
     if (!skip_cold_) cold_pass_ = pass_, cold_at_ = now;
     skip_cold_ = tunables_.smart_scan.load(std::memory_order_relaxed) && pass_ - cold_pass_ < kColdPasses - 1 &&
                  now - cold_at_ < kColdNs;
@@ -96,7 +112,7 @@ Engine::StepResult Engine::Step() {
     cursor_ = region.end;
     return result;
   }
-  if (cursor_ <= region.start && pass_ % kAuditEvery == 0) {
+  if (cursor_ <= region.start && audits_) {
     Audit(region);
     if (regions_.Find(region.start) == nullptr) return result;
   }
@@ -206,7 +222,7 @@ std::size_t Engine::Sweep(const Region& region, Address from, Address to, bool n
         to = *swept_to = segment->start;
       }
       if (segment->start <= from && segment->wait && !now) {  // armed, but hot
-        --segment->wait;
+        segment->wait -= static_cast<std::uint16_t>(std::min<std::uint32_t>(segment->wait, pass_step_));
         Add(counters_.pages_skipped, static_cast<std::int64_t>((end - from) / page_));
         *swept_to = end;
         // Not armed, but its breaks are booked: what is saved is not to be overstated.
