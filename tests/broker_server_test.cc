@@ -296,7 +296,7 @@ TEST_F(BrokerServer, WhatIsNoRingIsRefused) {
     return static_cast<Refusal>(answer->message.words[0]);
   };
   auto join = MakeJoin(4);
-  join->join.version = 2;
+  join->join.version = wire::kVersion + 1;
   EXPECT_EQ(attempt(std::move(join), {}), Refusal::kVersion);
   join = MakeJoin(4);
   join->join.page_bytes = 16384;

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <type_traits>
 
 #include "api/state.h"
+#include "engine/tunables.h"
 #include "os/thread.h"
 #include "os/without_engine.h"
 
@@ -19,6 +21,7 @@ using engine::Reason;
 namespace {
 
 constexpr const char* kDiscardHoles = "part of the range is not mapped: what is mapped has been discarded";
+constexpr const char* kOutOfRange = "the value is out of the tunable's range";
 constexpr std::int64_t kBytesPerMapping = 270;  // of kernel memory
 
 // On success errno is what it was.
@@ -146,16 +149,55 @@ void FillStats(const Command& command, ksmu_stats* stats) {
 #undef KSMU_ADD_REASON
 }
 
-ksmu_stats ReadStats() {
+// How a command comes to the scanner: from whatever thread it is, or from the scanner itself.
+using Way = void (engine::Runtime::*)(Command*);
+
+ksmu_stats ReadStatsOf(engine::Runtime* runtime, Way way) {
   ksmu_stats stats{};
-  Use use(Use::kNever);
   stats.starts = InRawChild() ? 0 : Starts();
-  if (!use.runtime()) return stats;
+  if (!runtime) return stats;
   Command command;
   command.kind = Command::kStats;
-  use.runtime()->Execute(&command);
+  (runtime->*way)(&command);
   if (command.result == 0) FillStats(command, &stats);
   return stats;
+}
+
+ksmu_stats ReadStats() {
+  Use use(Use::kNever);
+  return ReadStatsOf(use.runtime(), &engine::Runtime::Execute);
+}
+
+std::int64_t ValueOf(const Tunable& tunable) {
+  const bool advised = tunable.value == &settings().pages_to_scan && settings().advisor_mode.load() != 0;
+  return (advised ? settings().advised_pages_to_scan : *tunable.value).load(std::memory_order_relaxed);
+}
+
+// What ksmu_set does but for making `run` come true. `runtime`: nullptr where there is none.
+int SetTunable(engine::Runtime* runtime, Way way, const Tunable* tunable, std::int64_t value) {
+  if (value < tunable->minimum || value > tunable->maximum) return Fail(EINVAL, kOutOfRange);
+  if (tunable->value == &settings().max_page_sharing && value != settings().max_page_sharing.load() && runtime) {
+    if (ReadStatsOf(runtime, way).pages_merged != 0) return Fail(EBUSY, "pages are shared: set run to 2 first");
+  }
+  if (tunable->value == &settings().pages_to_scan && settings().advisor_mode.load() != 0) {
+    return Fail(EINVAL, "the advisor sets pages_to_scan: set advisor_mode to 0 first");
+  }
+  if (tunable->value == &settings().merge_across_nodes && runtime) {
+    Command command;
+    command.kind = Command::kAcrossNodes;
+    command.across = value != 0;
+    (runtime->*way)(&command);
+    if (command.result == -EBUSY) return Fail(EBUSY, "pages are shared: set run to 2 first");
+    if (command.result == -EOPNOTSUPP) return Fail(EOPNOTSUPP, "the kernel does not tell on which node a page lies: a filter refuses move_pages(2)");
+    if (command.result < 0) return Fail(static_cast<int>(-command.result), SentenceFor(static_cast<int>(-command.result), command));
+  }
+  SetByProgram(tunable, value);
+  if (tunable->value == &settings().advisor_mode) {
+    // As KSM: whatever the mode, pages_to_scan begins anew.
+    settings().advised_pages_to_scan.store(0, std::memory_order_relaxed);
+    SetByProgram(FindTunable("pages_to_scan"), 0);
+  }
+  return 0;
 }
 
 const char* const kStateNames[] = {"untracked", "absent", "fresh", "still", "merged", "broken", "zero", "unmerged"};
@@ -186,6 +228,25 @@ int StateOf(PageState state) {
 }
 
 }  // namespace
+
+namespace ksmu::api {
+
+int SetForDomain(engine::Runtime& runtime, std::uint32_t number, std::int64_t value) {
+  const Tunable& tunable = TunableOf(number);
+  const std::int64_t before = tunable.value->load(std::memory_order_relaxed);
+  if (SetTunable(&runtime, &engine::Runtime::ExecuteHere, &tunable, value) != 0) return errno;
+  if (value != before) runtime.TunableChanged();
+  return 0;
+}
+
+void ReadForDomain(engine::Runtime& runtime, frames::Source::Report* report) {
+  const ksmu_stats stats = ReadStatsOf(&runtime, &engine::Runtime::ExecuteHere);
+  static_assert(sizeof stats <= sizeof report->counters && std::is_trivially_copyable_v<ksmu_stats>);
+  std::memcpy(report->counters.data(), &stats, sizeof stats);
+  for (std::uint32_t i = 0; i < engine::kTunableCount; ++i) report->tunables[i] = ValueOf(TunableOf(i));
+}
+
+}  // namespace ksmu::api
 
 extern "C" {
 
@@ -306,10 +367,7 @@ int ksmu_get(const char* name, int64_t* value) {
   const KeepErrno keep;
   if (!name || !value) return Fail(EINVAL, "the name or the place for the value is NULL");
   if (const Tunable* tunable = FindTunable(name)) {
-    *value = tunable->value->load(std::memory_order_relaxed);
-    if (tunable->value == &settings().pages_to_scan && settings().advisor_mode.load() != 0) {
-      *value = settings().advised_pages_to_scan.load(std::memory_order_relaxed);
-    }
+    *value = ValueOf(*tunable);
     return keep.Succeed();
   }
 #define KSMU_GET_COUNTER(field)           \
@@ -333,30 +391,11 @@ int ksmu_set(const char* name, int64_t value) {
 #undef KSMU_IS_COUNTER
     return Fail(ENOENT, "there is no tunable of this name");
   }
-  if (value < tunable->minimum || value > tunable->maximum) return Fail(EINVAL, "the value is out of the tunable's range");
+  // Before anything is started for it.
+  if (value < tunable->minimum || value > tunable->maximum) return Fail(EINVAL, kOutOfRange);
   Use use(Use::kWake);
   if (use.error()) return -1;
-  if (tunable->value == &settings().max_page_sharing && value != settings().max_page_sharing.load() && use.runtime()) {
-    if (ReadStats().pages_merged != 0) return Fail(EBUSY, "pages are shared: set run to 2 first");
-  }
-  if (tunable->value == &settings().pages_to_scan && settings().advisor_mode.load() != 0) {
-    return Fail(EINVAL, "the advisor sets pages_to_scan: set advisor_mode to 0 first");
-  }
-  if (tunable->value == &settings().merge_across_nodes && use.runtime()) {
-    Command command;
-    command.kind = Command::kAcrossNodes;
-    command.across = value != 0;
-    use.runtime()->Execute(&command);
-    if (command.result == -EBUSY) return Fail(EBUSY, "pages are shared: set run to 2 first");
-    if (command.result == -EOPNOTSUPP) return Fail(EOPNOTSUPP, "the kernel does not tell on which node a page lies: a filter refuses move_pages(2)");
-    if (command.result < 0) return Finish(keep, command);
-  }
-  SetByProgram(tunable, value);
-  if (tunable->value == &settings().advisor_mode) {
-    // As KSM: whatever the mode, pages_to_scan begins anew.
-    settings().advised_pages_to_scan.store(0, std::memory_order_relaxed);
-    SetByProgram(FindTunable("pages_to_scan"), 0);
-  }
+  if (SetTunable(use.runtime(), &engine::Runtime::Execute, tunable, value) != 0) return -1;
   if (!use.runtime()) return keep.Succeed();
   if (tunable->value == &settings().run && value != 1) {
     // 0: as KSM's, which waits for the batch in hand.

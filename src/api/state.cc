@@ -14,6 +14,7 @@
 
 #include "base/test_point.h"
 #include "broker/door.h"
+#include "engine/tunables.h"
 #include "os/thread.h"
 
 namespace ksmu::api {
@@ -100,29 +101,12 @@ constinit WhenLoaded g_when_loaded = nullptr;
 
 void Construct();
 
-constexpr std::int64_t kNoMaximum = std::int64_t{1} << 40;
+using engine::kTunableCount;
 const Tunable kTunables[] = {
-    {"run", &g_settings.run, 0, 2},
-    {"pages_to_scan", &g_settings.pages_to_scan, 0, kNoMaximum},
-    {"sleep_millisecs", &g_settings.sleep_millisecs, 0, kNoMaximum},
-    {"cpu_limit_percent", &g_settings.cpu_limit_percent, 0, 100},
-    {"use_zero_pages", &g_settings.use_zero_pages, 0, 1},
-    {"max_page_sharing", &g_settings.max_page_sharing, 2, kNoMaximum},
-    {"smart_scan", &g_settings.smart_scan, 0, 1},
-    {"remerge", &g_settings.remerge, 0, 1},
-    {"remerge_seconds", &g_settings.remerge_seconds, 0, 4000},
-    {"remerge_quick_seconds", &g_settings.remerge_quick_seconds, 0, 4000},
-    {"max_maps", &g_settings.max_maps, 0, kNoMaximum},
-    {"advisor_mode", &g_settings.advisor_mode, 0, 1},
-    {"advisor_max_cpu", &g_settings.advisor_max_cpu, 1, 100},
-    {"advisor_min_pages_to_scan", &g_settings.advisor_min_pages_to_scan, 1, kNoMaximum},
-    {"advisor_max_pages_to_scan", &g_settings.advisor_max_pages_to_scan, 1, kNoMaximum},
-    {"advisor_target_scan_time", &g_settings.advisor_target_scan_time, 1, kNoMaximum},
-    {"merge_across_nodes", &g_settings.merge_across_nodes, 0, 1},
-    {"thp_min_duplicates", &g_settings.thp_min_duplicates, 0, 512},
+#define KSMU_TUNABLE(name, least, most, preset) {#name, &g_settings.name, least, most},
+    KSMU_FOR_EACH_TUNABLE(KSMU_TUNABLE)
+#undef KSMU_TUNABLE
 };
-
-constexpr std::size_t kTunableCount = sizeof kTunables / sizeof *kTunables;
 
 // The environment gives initial values: not to what the program has set, and not again at a later start.
 std::atomic<bool> g_set_by_program[kTunableCount];
@@ -344,6 +328,7 @@ int StartRuntime(const engine::RuntimeOptions& options) {
   os::ErrorText text;
   engine::RuntimeOptions with_inheritance = options;
   with_inheritance.inheritance = &g_inheritance;
+  with_inheritance.steward = {&SetForDomain, &ReadForDomain};
   const ThreadsInHand threads;
   if (int error = engine::Runtime::Start(g_settings, with_inheritance, &runtime, &text)) {
     Fail(-error, text.text);
@@ -406,6 +391,8 @@ const Tunable* FindTunable(const char* name) {
   }
   return nullptr;
 }
+
+const Tunable& TunableOf(std::uint32_t number) { return kTunables[number]; }
 
 void SetByProgram(const Tunable* tunable, std::int64_t value) {
   g_set_by_program[tunable - kTunables].store(true, std::memory_order_relaxed);

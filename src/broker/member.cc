@@ -177,6 +177,64 @@ bool Member::NoteWanted() {
   return true;
 }
 
+// The same of what an operator wants. What of it has not been taken yet is overtaken by what has come since.
+bool Member::NoteWish() {
+  if (in_.header.kind == Kind::kTune) {
+    for (std::size_t i = 0; i < in_.header.count; ++i) {
+      wishes_.tunables |= 1u << in_.tune[i].tunable;
+      wishes_.values[in_.tune[i].tunable] = in_.tune[i].value;
+    }
+    tune_number_ = in_.header.number;
+    return true;
+  }
+  if (in_.header.kind != Kind::kAsk) return false;
+  wishes_.regions = true;
+  wishes_.regions_from = in_.ask.from;
+  ask_number_ = in_.header.number;
+  told_ = false;
+  return true;
+}
+
+bool Member::TakeWishes(Wishes* wishes) {
+  if (!channel_.open() || (!wishes_.tunables && !wishes_.regions)) return false;
+  *wishes = wishes_;
+  wishes_ = {};
+  return true;
+}
+
+void Member::AnswerTunable(std::uint32_t tunable, int error) {
+  tuned_ |= 1u << tunable;
+  tuned_errors_[tunable] = static_cast<std::uint32_t>(std::clamp(error, 0, static_cast<int>(wire::kMostError)));
+}
+
+void Member::AnswerRegions(const RegionReport* regions, std::size_t count) {
+  if (wishes_.regions) return;  // asked anew
+  told_ = true;
+  told_count_ = std::min(count, kMaxRegions);
+  std::copy_n(regions, told_count_, told_regions_.begin());
+}
+
+// Not before all of what has come has been taken: the number answers for all up to it.
+void Member::SendAnswers() {
+  static_assert(kCounterSlots == wire::kCounterSlots && kTunableSlots == wire::kTunableSlots && kReasonSlots == wire::kReasonSlots && kMaxRegions == wire::kMaxRegions);
+  if (tuned_ && !wishes_.tunables && channel_.open()) {
+    std::uint16_t count = 0;
+    for (std::uint32_t t = 0; t < kTunableSlots; ++t) {
+      if (tuned_ >> t & 1) out_.tuned[count++] = {t, tuned_errors_[t]};
+    }
+    out_.header = {0, Kind::kTuned, count, tune_number_, 0};
+    if (Send()) tuned_ = 0;
+  }
+  if (told_ && channel_.open()) {
+    out_.header = {0, Kind::kTold, static_cast<std::uint16_t>(told_count_), ask_number_, 0};
+    for (std::size_t i = 0; i < told_count_; ++i) {
+      const RegionReport& r = told_regions_[i];
+      out_.regions[i] = {r.start, r.end, r.next, r.flags, r.excluded_cause, r.excluded_bytes, r.merged, r.still, r.changing, r.zero, r.unmerged};
+    }
+    told_ = !Send();
+  }
+}
+
 // Reads until the answer that is awaited has come, into in_, or the time is over, or the socket has been read for long enough.
 Member::Answer Member::Hear(int wait_ms, int* descriptors, std::size_t capacity, std::size_t* count) {
   const std::uint64_t end = os::MonotonicMs() + static_cast<std::uint64_t>(wait_ms);
@@ -194,7 +252,7 @@ Member::Answer Member::Hear(int wait_ms, int* descriptors, std::size_t capacity,
     }
     for (std::size_t i = 0; i < *count; ++i) os::CloseDescriptor(descriptors[i]);
     *count = 0;
-    if (got >= 0 && NoteWanted()) {
+    if (got >= 0 && (NoteWanted() || NoteWish())) {
       ++packets;
       continue;
     }
@@ -331,9 +389,12 @@ bool Member::Serve(const News& news) {
   wanted_.clear();
   SendGivenUp();
   SendKept(Kind::kOffer, &offers_, &out_.offers);
-  if (report_is_new_) {
+  SendAnswers();
+  if (report_is_new_ && channel_.open()) {
     out_.header = {0, Kind::kReport, 1, 0, 0};
-    out_.report = {report_.advised, report_.merged, report_.frames, report_.zero, report_.still, report_.changing, report_.breaks, report_.cpu_ns};
+    out_.report = {report_.advised, report_.merged, report_.frames, report_.zero, report_.still, report_.changing, report_.breaks, report_.cpu_ns,
+                   report_.counters, report_.tunables, report_.unmerging, 0};
+    for (std::int64_t& n : out_.report.counters) n = std::clamp(n, -wire::kMostCount, wire::kMostCount);
     report_is_new_ = !Send();
   }
   return channel_.open();

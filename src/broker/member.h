@@ -51,9 +51,12 @@ class Member final : public frames::Source {
   void Lookup(std::uint32_t hash, bool (*visit)(void* cookie, frames::Frame theirs), void* cookie) const override;
   bool Serve(const News& news) override;
   bool Pending() const override {
-    return channel_.open() && (Busy() || !drops_.empty() || !releases_.empty() || !offers_.empty() || report_is_new_);
+    return channel_.open() && (Busy() || !drops_.empty() || !releases_.empty() || !offers_.empty() || report_is_new_ || tuned_ || told_);
   }
   void Tell(const Report& report) override { report_ = report, report_is_new_ = true; }
+  bool TakeWishes(Wishes* wishes) override;
+  void AnswerTunable(std::uint32_t tunable, int error) override;
+  void AnswerRegions(const RegionReport* regions, std::size_t count) override;
 
  private:
   using Words = base::OwnVector<std::uint32_t>;
@@ -70,6 +73,8 @@ class Member final : public frames::Source {
   void Keep(Words* words, std::uint32_t word);
   std::ptrdiff_t ReceiveNext(int* descriptors, std::size_t capacity, std::size_t* count);
   bool NoteWanted();
+  bool NoteWish();
+  void SendAnswers();
   bool IsGivenUp(frames::Frame theirs) const;
   bool TakeSettled();
   int TakeFile(int fd, std::size_t count, os::File* out);
@@ -99,6 +104,14 @@ class Member final : public frames::Source {
   bool lost_ = false;         // offers, or something wanted: all is to be offered again
   Report report_;
   bool report_is_new_ = false;
+  // An operator's wishes, until they are taken; the answers to them, until they are sent.
+  Wishes wishes_;
+  std::uint32_t tune_number_ = 0, ask_number_ = 0;  // of the last of each that has come
+  std::uint32_t tuned_ = 0;                         // a bit each
+  std::array<std::uint32_t, kTunableSlots> tuned_errors_{};
+  bool told_ = false;
+  std::size_t told_count_ = 0;
+  std::array<RegionReport, kMaxRegions> told_regions_{};
   wire::Message out_, in_;
   alignas(8) std::array<std::byte, wire::kMaxPacket> packet_;
 };

@@ -14,11 +14,14 @@ namespace {
 // Of what has left: asked again after this, then after twice that, up to a second.
 constexpr std::uint64_t kFirstDelay = 4'000'000;
 std::uint64_t HashOf(const std::byte* page, std::size_t bytes, std::uint64_t seed) { return content::Hash(page, bytes, seed); }
+constexpr int kToldAtOnce = 32;
 constexpr std::size_t kBlocksAtOnce = 2;  // of what a member held that has gone: some milliseconds
 
 }  // namespace
 
-Server::Server(Config config, Outbox& outbox) : config_(std::move(config)), outbox_(outbox), packet_(wire::kMaxPacket) {}
+Server::Server(Config config, Outbox& outbox)
+    : config_(std::move(config)), outbox_(outbox), question_(std::make_unique<control::Message>()), reply_(std::make_unique<control::Message>()),
+      packet_(wire::kMaxPacket) {}
 Server::~Server() = default;
 
 std::uint32_t Server::AddListener(std::string name) {
@@ -61,9 +64,14 @@ void Server::Drop(Connection& conn, const char* reason) {
 
 // The connection is no more. What it holds it may have mapped, until its canary says otherwise.
 void Server::Forget(Connection& conn) {
+  if (conn.op) {
+    const HomeKey own = conn.op->own;
+    std::erase(operators_, conn.id);
+    connections_.erase(conn.id);
+    return ForgetScope(own);
+  }
   if (!conn.home) {
-    const auto strangers = strangers_.find(conn.who.uid);
-    if (--strangers->second == 0) strangers_.erase(strangers);
+    NoLongerStranger(conn);
   } else {
     Home& home = *conn.home;
     const HomeKey key = KeyOf(conn);
@@ -75,6 +83,11 @@ void Server::Forget(Connection& conn) {
     CloseIfEmpty(key);
   }
   connections_.erase(conn.id);
+}
+
+void Server::NoLongerStranger(const Connection& conn) {
+  const auto strangers = strangers_.find(conn.who.uid);
+  if (--strangers->second == 0) strangers_.erase(strangers);
 }
 
 bool Server::IsGone(Home& home, Left& left) {
@@ -109,6 +122,12 @@ void Server::Received(ConnId id, const std::byte* packet, std::size_t bytes, std
   const auto found = connections_.find(id);
   if (found == connections_.end()) return Dispose(std::move(descriptors));
   Connection& conn = *found->second;
+  wire::Header header;
+  if (!conn.home && bytes >= sizeof header) std::memcpy(&header, packet, sizeof header);
+  if (conn.op || control::IsControl(header.kind)) {
+    ReceivedFromOperator(conn, packet, bytes, !descriptors.empty());
+    return Dispose(std::move(descriptors));
+  }
   const char* wrong = wire::Decode(packet, bytes, wire::Sender::kMember, &in_);
   if (!wrong && !conn.home) {
     if (in_.header.kind == Kind::kJoin) Join(conn, descriptors);
@@ -149,13 +168,16 @@ Server::Home* Server::HomeFor(const Connection& conn) {
   made->reader = std::make_unique<IndexReader>(made->storage.index(), kIndexFileBytes);
   made->domain = std::make_unique<Domain>(made->storage, *made->index, *made->reader, config_.page_bytes, config_.seed, &HashOf);
   if (config_.by_node) made->domain->KeepNodesApart();
+  made->scope = &ScopeFor(KeyOf(conn), made->name);
   home = std::move(made);
   return home.get();
 }
 
 void Server::CloseIfEmpty(const HomeKey& key) {
   const auto found = homes_.find(key);
-  if (found != homes_.end() && found->second->domain->members() == 0) homes_.erase(found);
+  if (found == homes_.end() || found->second->domain->members() != 0) return;
+  homes_.erase(found);
+  ForgetScope(key);
 }
 
 void Server::Refuse(Connection& conn, Refusal why, const char* words) {
@@ -192,10 +214,10 @@ void Server::Join(Connection& conn, std::vector<Fd>& descriptors) {
     CloseIfEmpty(KeyOf(conn));
     return Refuse(conn, Refusal::kFull, wrong);
   }
-  const auto strangers = strangers_.find(conn.who.uid);
-  if (--strangers->second == 0) strangers_.erase(strangers);
+  NoLongerStranger(conn);
   conn.home = home;
   conn.member = number;
+  conn.joined_at = now_;
   if (home->connected.size() <= number) home->connected.resize(number + std::size_t{1});
   home->connected[number] = &conn;
   LogMember(Level::kInfo, home->name, conn.who, "joined");
@@ -205,6 +227,7 @@ void Server::Join(Connection& conn, std::vector<Fd>& descriptors) {
   Answer(conn, given, 2);
   // Else it is given away when it has been sent.
   if (conn.kept.empty()) conn.canary.GivenAway();
+  QueueTelling(conn);
 }
 
 // --- messages --------------------------------------------------------------------------------------------------------
@@ -214,6 +237,7 @@ void Server::Answer(Connection& conn, const int* descriptors, std::size_t count)
   const std::size_t bytes = wire::Encode(out_, packet_.data());
   if (outbox_.Send(conn.id, packet_.data(), bytes, descriptors, count)) return;
   conn.blocked = true;
+  conn.kept_since = now_;
   conn.kept.assign(packet_.begin(), packet_.begin() + static_cast<std::ptrdiff_t>(bytes));
   // Of the domain and of the member: there for as long as the connection is.
   conn.kept_descriptors.assign(descriptors, descriptors + count);
@@ -229,6 +253,7 @@ void Server::Writable(ConnId id) {
     conn.canary.GivenAway();
   }
   conn.blocked = false;
+  if (conn.home) QueueTelling(conn);
   SendWanted(conn);
 }
 
@@ -261,7 +286,12 @@ const char* Server::Handle(Connection& conn) {
     }
     case Kind::kDrop: return domain.Drop(conn.member, in_.words.data(), count);
     case Kind::kRelease: return domain.Release(conn.member, in_.words.data(), count);
-    case Kind::kReport: conn.report = in_.report; return nullptr;
+    case Kind::kReport:
+      conn.report = in_.report;
+      conn.reported_at = now_;
+      return nullptr;
+    case Kind::kTuned: return NoteTuned(conn);
+    case Kind::kTold: return NoteTold(conn);
     default: return "a message of an unknown kind";
   }
 }
@@ -316,6 +346,12 @@ void Server::Flush() {
     if (const auto found = connections_.find(id); found != connections_.end()) SendWanted(*found->second);
   }
   wanting_.clear();
+  // A few at a time: what an operator has set does not keep members waiting for their answers.
+  for (int i = 0; i < kToldAtOnce && !telling_.empty(); ++i) {
+    const auto found = connections_.find(telling_.front());
+    telling_.pop_front();
+    if (found != connections_.end()) TellTunables(*found->second);
+  }
 }
 
 // --- time ------------------------------------------------------------------------------------------------------------
@@ -326,15 +362,22 @@ std::uint64_t Server::Tick(std::uint64_t now) {
   while (!deadlines_.empty() && deadlines_.front().first <= now) {
     const auto found = connections_.find(deadlines_.front().second);
     deadlines_.pop_front();
-    if (found != connections_.end() && !found->second->home) Drop(*found->second, "has connected and not joined");
+    if (found != connections_.end() && !found->second->home && !found->second->op) Drop(*found->second, "has connected and not joined");
   }
   for (auto at = homes_.begin(); at != homes_.end();) {
     Home& home = *at->second;
     std::erase_if(home.left, [&](Left& left) { return left.ask_at <= now && IsGone(home, left); });
     for (const Left& left : home.left) next = std::min(next, left.ask_at);
-    at = home.domain->members() == 0 ? homes_.erase(at) : std::next(at);
+    if (home.domain->members() != 0) {
+      ++at;
+      continue;
+    }
+    const HomeKey key = at->first;
+    at = homes_.erase(at);
+    ForgetScope(key);
   }
-  return next;
+  TendOperators(&next);
+  return telling_.empty() ? next : now;
 }
 
 // --- what is said ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@
 // lost, and offers all of its pages again.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -18,6 +19,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "broker/control.h"
 #include "broker/domain.h"
 #include "broker/storage.h"
 #include "broker/wire.h"
@@ -49,6 +51,9 @@ class Server {
   static constexpr std::uint64_t kSecond = 1'000'000'000;
   static constexpr std::uint64_t kJoinWithin = 10 * kSecond;
   static constexpr int kMaxStrangers = 128;  // of one user: connections that have not joined
+  static constexpr int kMaxOperators = 16;   // of one user
+  static constexpr std::uint64_t kAnswerWithin = kSecond;          // members that have not by then are silent
+  static constexpr std::uint64_t kTakesWithin = 10 * kSecond;      // an operator its answer
 
   struct Config {
     std::size_t page_bytes = 4096;
@@ -59,6 +64,7 @@ class Server {
     std::function<void(std::vector<Fd>)> dispose;
     std::size_t most_frames = wire::kFrameLimit;  // of all domains together
     std::int64_t unknown_user = -1;  // what users look like that cannot be told apart here: no domain is for them alone
+    std::int64_t owner = -1;  // the user who may set tunables, besides root
     bool by_node = false;  // pages of different NUMA nodes are not merged; where nodes::WhyNot says nothing against it
   };
   Server(Config config, Outbox& outbox);
@@ -97,6 +103,33 @@ class Server {
 
  private:
   struct Home;
+  using HomeKey = std::pair<std::uint32_t, std::int64_t>;  // listener, user (-1: all)
+  // A domain as operators know it: for as long as it has members, or something has been set for it.
+  struct Scope {
+    std::uint32_t number = 0;
+    HomeKey key;
+    std::string name;
+    std::uint32_t version = 0;  // the number of times that anything was set
+    std::array<std::uint32_t, wire::kTunableSlots> versions{};  // as of when it was set; 0: it has not been
+    std::array<std::int64_t, wire::kTunableSlots> values{};
+  };
+  // What is set for one member alone; whatever was set last counts.
+  struct OwnTunables {
+    std::array<std::uint32_t, wire::kTunableSlots> versions{};
+    std::array<std::int64_t, wire::kTunableSlots> values{};
+  };
+  struct Operator {
+    bool may_write = false;
+    HomeKey own;
+    // The question that cannot be answered yet: none, kSet or kExplain.
+    control::Kind asks{};
+    std::uint32_t number = 0;
+    std::uint64_t until = 0, look_at = 0;
+    std::uint32_t scope = 0, pid = 0;
+    std::uint32_t tunable = 0, version = 0;  // kSet
+    std::uint64_t from = 0;                  // kExplain
+    ConnId member = 0;                       // that has been asked
+  };
   struct Connection {
     ConnId id = 0;
     std::uint32_t listener = 0;
@@ -111,6 +144,19 @@ class Server {
     std::deque<std::uint32_t> wanted;
     bool wanted_lost = false;  // some did not fit in: to be said when the others have been sent
     wire::ReportEntry report;
+    std::unique_ptr<Operator> op;  // it is an operator's
+    std::uint64_t kept_since = 0;
+    // A member: what it has been told of tunables, and has answered to; what it has been asked. One of each at a time.
+    std::uint64_t joined_at = 0, reported_at = 0;
+    std::uint32_t told = 0, answered = 0;
+    std::uint64_t told_at = 0;
+    bool to_be_told = false;
+    std::array<std::uint16_t, wire::kTunableSlots> errors{};
+    std::unique_ptr<OwnTunables> own;
+    std::uint32_t ask_number = 0;
+    bool ask_open = false;
+    std::uint64_t ask_at = 0, ask_from = 0;
+    ConnId asker = 0;
   };
   // Whose connection has ended.
   struct Left {
@@ -124,6 +170,7 @@ class Server {
   struct Home {
     Home(std::size_t page_bytes) : storage(page_bytes) {}
     std::string name;
+    Scope* scope = nullptr;
     Storage storage;
     std::unique_ptr<IndexWriter> index;
     std::unique_ptr<IndexReader> reader;
@@ -132,7 +179,6 @@ class Server {
     std::vector<Left> left;
     std::uint64_t wanted_lost = 0;
   };
-  using HomeKey = std::pair<std::uint32_t, std::int64_t>;  // listener, user (-1: all)
 
   void Join(Connection& conn, std::vector<Fd>& descriptors);
   const char* Handle(Connection& conn);
@@ -151,6 +197,33 @@ class Server {
   std::string NameOf(const Connection& conn) const;
   void Log(Level level, const std::string& line) const;
   void LogMember(Level level, const std::string& domain, Credentials who, const std::string& what) const;
+  void NoLongerStranger(const Connection& conn);
+
+  // operators.cc
+  void ReceivedFromOperator(Connection& conn, const std::byte* packet, std::size_t bytes, bool descriptors);
+  void Operate(Connection& conn);
+  void AnswerOperator(Connection& conn);
+  void FailOperator(Connection& conn, std::uint32_t number, int error);
+  void ListDomains(Connection& conn);
+  void ListMembers(Connection& conn);
+  void SetTunable(Connection& conn);
+  int MaySet(const Scope& scope, std::uint32_t tunable, std::int64_t value) const;
+  void BeginExplaining(Connection& conn);
+  void TendOperators(std::uint64_t* next);
+  bool TendSetting(Connection& conn, bool late);
+  bool TendExplaining(Connection& conn, bool late);
+  bool MayAsk(const Connection& conn, const Scope& scope) const;
+  Scope* FindScope(const Connection& conn, std::uint32_t number);
+  Scope& ScopeFor(const HomeKey& key, const std::string& name);
+  void ForgetScope(const HomeKey& key);
+  Connection* FindMember(const Scope& scope, std::uint32_t pid) const;
+  Home* HomeOf(const Scope& scope) const;
+  void FillDomain(const Scope& scope, control::DomainEntry* entry) const;
+  void FillMember(const Connection& member, control::MemberEntry* entry) const;
+  void QueueTelling(Connection& conn);
+  void TellTunables(Connection& conn);
+  const char* NoteTuned(Connection& conn);
+  const char* NoteTold(Connection& conn);
 
   const Config config_;
   Outbox& outbox_;
@@ -160,8 +233,14 @@ class Server {
   std::deque<std::pair<std::uint64_t, ConnId>> deadlines_;  // of those that have connected, in order
   std::map<std::uint32_t, int> strangers_;                  // of each user: connections that have not joined
   std::vector<ConnId> wanting_;                             // something is wanted of them
+  std::map<std::uint32_t, Scope> scopes_;      // by number
+  std::map<HomeKey, std::uint32_t> numbers_;  // of scopes
+  std::uint32_t last_scope_ = 0;
+  std::vector<ConnId> operators_;
+  std::deque<ConnId> telling_;  // members that are to be told of tunables
   std::uint64_t now_ = 0;
   wire::Message in_, out_;
+  std::unique_ptr<control::Message> question_, reply_;
   std::vector<std::byte> packet_;
 };
 

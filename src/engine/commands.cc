@@ -510,6 +510,24 @@ int Engine::UnmergeAll(bool forget) {
   return 0;
 }
 
+int Engine::UnmergePart(Address* at) {
+  if (*at == 0) ApplyMoves();
+  for (std::size_t i = 0; i < regions_.size(); ++i) {
+    const Region region = regions_[i];
+    if (region.kind != Region::kMergeable || region.end <= *at) continue;
+    const Address from = std::max(region.start, *at);
+    const Segment* const segment = table_.NextSegment(from);
+    if (!segment || segment->start >= region.end) continue;
+    const Address low = std::max(from, segment->start), high = std::min(region.end, segment->start + kSegmentBytes);
+    const int error = UnmergeRange(region, {low, high - low});
+    if (error == 0) *at = high;
+    return error;
+  }
+  ReclaimFrames(true);
+  *at = PageTable::kLimit;
+  return 0;
+}
+
 // Frames that are kept although nobody shares them: for memory that was released and is still there, and for breaks whose
 // copy has not been seen. Other pages lie in the same frames' mappings, and would show them at a raw discard once nobody
 // watches: so the copies are made now. Best effort: what cannot be written stays as it is, see docs/limits.md.

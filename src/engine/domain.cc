@@ -81,6 +81,8 @@ void Runtime::TellDomain(std::uint64_t now) {
   report.advised = report.merged + report.zero + report.still + report.changing + pages(PageState::kUnmerged);
   report.frames = engine_->pages_shared();
   report.breaks = static_cast<std::uint64_t>(c.cow_breaks);
+  report.unmerging = static_cast<std::uint32_t>(unmerging_);
+  if (options_.steward.read) options_.steward.read(*this, &report);
   if (report == told_domain_) return;  // but for the CPU time
   told_domain_ = report;
   report.cpu_ns = system_->ThreadCpuNanoseconds();

@@ -95,6 +95,8 @@ class Engine {
   int MergeAcrossNodes(bool across);
   // Every region; with `forget` the regions end as well (ksmu_stop).
   int UnmergeAll(bool forget);
+  // The same of a segment at a time, from *at on, which is moved on: to the end of all addresses when nothing is left.
+  int UnmergePart(Address* at);
 
   // --- scanning ----------------------------------------------------------------------------------------------------
   struct StepResult {

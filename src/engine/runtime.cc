@@ -554,6 +554,7 @@ void Runtime::ScannerLoop() {
   ReportStart();
   while (RunCommands()) {
     TendDomain();
+    const bool again_at_once = TendWishes();
     Report();
     if (pause_.load(std::memory_order_acquire)) {
       Park();
@@ -564,6 +565,8 @@ void Runtime::ScannerLoop() {
       const std::uint64_t now = system_->NowNanoseconds();
       if (now >= next_scan_at_) {
         Scan();
+      } else if (again_at_once) {
+        continue;
       } else if (source_ == nullptr) {
         const auto pass = static_cast<std::int64_t>(next_scan_at_ - now);
         Sleep(JoiningSoon() ? std::min(pass, join_look_ns_) : pass);
@@ -573,10 +576,11 @@ void Runtime::ScannerLoop() {
       continue;
     }
     const bool again = engine_->Housekeeping();
+    if (again_at_once) continue;
     const bool now_and_then = engine_->HasRegions() || engine_->HasForeign() || engine_->ReclaimDue() || formers_[0].source;
     Sleep(again                        ? kMillisecond
           : JoiningSoon()              ? join_look_ns_
-          : engine_->HasNewsToTell()   ? kNewsSleep
+          : source_ != nullptr         ? kNewsSleep
           : now_and_then               ? kLongestPassSleep
                                        : -1);
   }

@@ -66,6 +66,15 @@ struct Inheritance {
   void ForgetUnmapped();
 };
 
+class Runtime;
+
+// How the tunables and counters of this process are come by, for the domain's sake. On the scanner, between two steps.
+struct Steward {
+  // By its number in tunables.h, by the rules of ksmu_set, but that nothing is unmerged by it. 0 or an errno.
+  int (*set)(Runtime& runtime, std::uint32_t tunable, std::int64_t value) = nullptr;
+  void (*read)(Runtime& runtime, frames::Source::Report* report) = nullptr;  // its counters and tunables
+};
+
 struct RuntimeOptions {
   bool user_mode_only = false;
   char cpus[128] = {};  // "": all
@@ -73,6 +82,7 @@ struct RuntimeOptions {
   void* log_cookie = nullptr;
   Inheritance* inheritance = nullptr;  // never nullptr
   frames::Door* door = nullptr;        // to the domain that is to be joined; nullptr: none
+  Steward steward;
 };
 
 struct Command {
@@ -111,6 +121,8 @@ class Runtime {
   // Carries out the command on the scanner. False: the runtime is ending (-EAGAIN).
   // An interrupted kMerge answers -EINTR; other commands go on whatever signals come.
   void Execute(Command* command);
+  // The same where the caller is on the scanner.
+  void ExecuteHere(Command* command) { Run(command, nullptr); }
 
   // fork: the scanner comes to rest between two steps, with no merge in hand, until Resume. The event thread goes on, and so
   // do commands that take no page out of its place: whoever waits for one may hold an allocator's lock, for which the thread
@@ -157,6 +169,12 @@ class Runtime {
   void GiveUpJoining();
   void TellDomain(std::uint64_t now);
   void ForgetFormers();
+  // wishes.cc
+  bool TendWishes();
+  void TakeWishes();
+  void StopUnmerging(int now);
+  void UnmergePortion();
+  void TellRegions();
   // report.cc
   void ReportStart();
   void ReportStop(std::uint64_t now, std::size_t kept);
@@ -202,6 +220,17 @@ class Runtime {
   std::uint64_t tell_at_ = 0;
   frames::Source::Report told_domain_;
   int filters_at_start_ = 0;
+
+  // What an operator wants. Scanner.
+  int unmerging_ = 0;        // EINPROGRESS, up to here; else 0 or the errno that it has ended with
+  Address unmerged_to_ = 0;
+  struct Telling {
+    bool active = false;
+    Address at = 0;
+    int portions = 0;
+    std::size_t count = 0;  // regions that are counted; the one after them may be in part
+    std::array<frames::Source::RegionReport, frames::Source::kMaxRegions> regions{};
+  } telling_;
 
   // Messages, and what has been said already. Scanner.
   Log log_;

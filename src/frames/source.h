@@ -9,6 +9,7 @@
 // unchanged.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -78,13 +79,38 @@ class Source {
   // Something that was kept has not been sent yet, or an answer has not come.
   virtual bool Pending() const = 0;
 
-  // What this process has of it, for whoever looks at the domain. Pages, but for the last.
+  // What this process has of it, for whoever looks at the domain. Pages, but for the CPU time, and what the counters of ksmu_stats
+  // are.
+  static constexpr std::size_t kCounterSlots = 64, kTunableSlots = 32, kReasonSlots = 32, kMaxRegions = 16;
   struct Report {
     std::uint64_t advised = 0, merged = 0, frames = 0, zero = 0, still = 0, changing = 0, breaks = 0;
     std::uint64_t cpu_ns = 0;
+    std::array<std::int64_t, kCounterSlots> counters{};  // in the order of struct ksmu_stats
+    std::array<std::int64_t, kTunableSlots> tunables{};  // in the order of engine/tunables.h
+    std::uint32_t unmerging = 0;                         // EINPROGRESS, or the errno that it has ended with
     bool operator==(const Report&) const = default;
   };
   virtual void Tell(const Report& report) = 0;
+
+  // What an operator of the domain asks of this process, if it has come: tunables to be set, and whether regions are to be told.
+  // Answers are sent by Serve. What has been asked anew meanwhile is answered in place of what was asked before.
+  struct Wishes {
+    std::uint32_t tunables = 0;  // a bit each
+    std::array<std::int64_t, kTunableSlots> values{};
+    bool regions = false;
+    std::uint64_t regions_from = 0;
+  };
+  virtual bool TakeWishes(Wishes*) { return false; }
+  virtual void AnswerTunable(std::uint32_t /*tunable*/, int /*error*/) {}
+  struct RegionReport {
+    std::uint64_t start = 0, end = 0;
+    std::uint64_t next = 0;  // where the next one is to be asked for; 0: nowhere
+    std::uint32_t flags = 0, excluded_cause = 0;
+    std::uint64_t excluded_bytes = 0;
+    std::uint64_t merged = 0, still = 0, changing = 0, zero = 0;
+    std::array<std::uint64_t, kReasonSlots> unmerged{};
+  };
+  virtual void AnswerRegions(const RegionReport*, std::size_t /*count*/) {}
 };
 
 // Where a source is to be had. On the scanner.

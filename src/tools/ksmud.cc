@@ -480,6 +480,7 @@ int Run(const Options& options) {
   config.seed = directory.empty() ? RandomSeed() : KeptSeed(directory);
   if (ksmu::os::SeesUnknownUsers()) config.unknown_user = ksmu::os::kUnknownUser;
   config.log = Log;
+  config.owner = std::int64_t{geteuid()};
   config.by_node = options.by_node;
   Loop loop(std::move(config), options.io_uring);
   const std::uint32_t everyone = loop.server().AddListener("");

@@ -1,0 +1,417 @@
+// The server's other side: operators, who look at domains and set their tunables (docs/control.md).
+//
+// What is set is the domain's, and each member is told of it in its turn, a few in a round; one that has not answered is not told
+// anew until it has, and then of all that has been set meanwhile. So an operator that sets without end makes no more messages than
+// its members take. A question to a member waits for the answer to the one before. Who waits is the operator, for a second.
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "broker/server.h"
+#include "engine/tunables.h"
+#include "ksmu/ksmu.h"
+
+namespace ksmu::broker {
+
+using control::Kind;
+using engine::kTunableCount;
+using engine::kTunableRules;
+
+namespace {
+constexpr std::uint64_t kLookEvery = 5'000'000;  // for answers that somebody waits for
+constexpr std::size_t kMembersALook = 1024;      // whose counters are added up for one answer
+constexpr std::size_t kMembers = Domain::kMaxMembers;
+static_assert(kMembers <= kMembersALook);
+
+std::uint64_t Milliseconds(std::uint64_t ns) { return ns / 1'000'000; }
+bool IsLongest(std::size_t counter) {
+  constexpr std::size_t kMax = offsetof(ksmu_stats, gate_max_us) / sizeof(std::int64_t), kP99 = offsetof(ksmu_stats, gate_p99_us) / sizeof(std::int64_t);
+  return counter == kMax || counter == kP99;
+}
+}  // namespace
+
+// --- who asks --------------------------------------------------------------------------------------------------------
+
+void Server::ReceivedFromOperator(Connection& conn, const std::byte* packet, std::size_t bytes, bool descriptors) {
+  const char* const wrong = control::Decode(packet, bytes, control::Sender::kOperator, question_.get());
+  if (wrong) return Drop(conn, wrong);
+  if (descriptors) return Drop(conn, "descriptors with a message that has none");
+  const Kind kind = question_->kind();
+  if ((kind == Kind::kOperate) == (conn.op != nullptr)) return Drop(conn, conn.op ? "an operator's first message again" : "not an operator's first message");
+  if (conn.op && conn.op->asks != Kind{}) return Drop(conn, "a question before the last one has been answered");
+  switch (kind) {
+    case Kind::kOperate: return Operate(conn);
+    case Kind::kDomains: return ListDomains(conn);
+    case Kind::kMembers: return ListMembers(conn);
+    case Kind::kSet: return SetTunable(conn);
+    default: return BeginExplaining(conn);
+  }
+}
+
+void Server::Operate(Connection& conn) {
+  const auto mine = std::count_if(operators_.begin(), operators_.end(), [&](ConnId id) { return connections_.at(id)->who.uid == conn.who.uid; });
+  const int error = question_->operate.version != control::kVersion ? EPROTONOSUPPORT : mine >= kMaxOperators ? EAGAIN : 0;
+  if (error) {
+    FailOperator(conn, question_->header.number, error);
+    return Drop(conn, error == EAGAIN ? "too many operators of its user" : "an operator of another version");
+  }
+  NoLongerStranger(conn);
+  conn.op = std::make_unique<Operator>();
+  operators_.push_back(conn.id);
+  const bool known = config_.unknown_user != std::int64_t{conn.who.uid};
+  conn.op->may_write = known && (conn.who.uid == 0 || config_.owner == std::int64_t{conn.who.uid});
+  conn.op->own = KeyOf(conn);
+  reply_->header = control::MakeHeader(Kind::kWelcome, 1, question_->header.number);
+  reply_->welcome = {control::kVersion, static_cast<std::uint32_t>(config_.page_bytes), conn.op->may_write, config_.by_node,
+                     sizeof(ksmu_stats) / sizeof(std::int64_t), kTunableCount, control::kNoDomain, 0, config_.most_frames};
+  if (known || !listeners_[conn.listener].empty()) reply_->welcome.own_domain = ScopeFor(conn.op->own, NameOf(conn)).number;
+  AnswerOperator(conn);
+}
+
+// Sends reply_.
+void Server::AnswerOperator(Connection& conn) {
+  const std::size_t bytes = control::Encode(*reply_, packet_.data());
+  if (outbox_.Send(conn.id, packet_.data(), bytes, nullptr, 0)) return;
+  conn.blocked = true;
+  conn.kept_since = now_;
+  conn.kept.assign(packet_.begin(), packet_.begin() + static_cast<std::ptrdiff_t>(bytes));
+  conn.kept_descriptors.clear();
+}
+
+void Server::FailOperator(Connection& conn, std::uint32_t number, int error) {
+  reply_->header = control::MakeHeader(Kind::kFailed, 1, number);
+  reply_->word = static_cast<std::uint64_t>(error);
+  AnswerOperator(conn);
+}
+
+// --- domains ---------------------------------------------------------------------------------------------------------
+
+Server::Scope& Server::ScopeFor(const HomeKey& key, const std::string& name) {
+  if (const auto found = numbers_.find(key); found != numbers_.end()) return scopes_.at(found->second);
+  Scope& scope = scopes_[++last_scope_];
+  scope.number = last_scope_;
+  scope.key = key;
+  scope.name = name;
+  numbers_[key] = last_scope_;
+  return scope;
+}
+
+// Unless it is needed: by members, by what was set for those to come, by operators whose own it is.
+void Server::ForgetScope(const HomeKey& key) {
+  const auto found = numbers_.find(key);
+  if (found == numbers_.end() || homes_.count(key) || scopes_.at(found->second).version) return;
+  if (std::any_of(operators_.begin(), operators_.end(), [&](ConnId id) { return connections_.at(id)->op->own == key; })) return;
+  scopes_.erase(found->second);
+  numbers_.erase(found);
+}
+
+// All of them are shown to who may set; others see the one that they could join.
+bool Server::MayAsk(const Connection& conn, const Scope& scope) const { return conn.op->may_write || scope.key == conn.op->own; }
+
+Server::Scope* Server::FindScope(const Connection& conn, std::uint32_t number) {
+  const auto found = scopes_.find(number);
+  return found != scopes_.end() && MayAsk(conn, found->second) ? &found->second : nullptr;
+}
+
+Server::Home* Server::HomeOf(const Scope& scope) const {
+  const auto found = homes_.find(scope.key);
+  return found == homes_.end() ? nullptr : found->second.get();
+}
+
+Server::Connection* Server::FindMember(const Scope& scope, std::uint32_t pid) const {
+  Home* const home = HomeOf(scope);
+  if (!home || pid == 0) return nullptr;
+  for (Connection* member : home->connected) {
+    if (member && static_cast<std::uint32_t>(member->who.pid) == pid) return member;
+  }
+  return nullptr;
+}
+
+void Server::FillDomain(const Scope& scope, control::DomainEntry* entry) const {
+  *entry = {};
+  std::copy_n(scope.name.data(), std::min(scope.name.size(), entry->name.size() - 1), entry->name.data());
+  entry->domain = scope.number;
+  for (std::size_t t = 0; t < kTunableCount; ++t) {
+    if (scope.versions[t]) entry->set |= 1u << t;
+    entry->tunables[t] = scope.versions[t] ? scope.values[t] : t == engine::kTunable_merge_across_nodes ? !config_.by_node : kTunableRules[t].preset;
+  }
+  const Home* const home = HomeOf(scope);
+  if (!home) return;
+  entry->left = home->left.size();
+  entry->members = home->domain->members() - home->left.size();
+  entry->frames = home->domain->frames_live();
+  entry->places = home->domain->frames_given_out();
+  entry->metadata_bytes = home->domain->metadata_bytes();
+  entry->wanted_lost = home->wanted_lost;
+  for (const Connection* member : home->connected) {
+    if (!member) continue;
+    entry->silent += member->reported_at == 0;
+    entry->cpu_ns += member->report.cpu_ns;
+    for (std::size_t c = 0; c < wire::kCounterSlots; ++c) {
+      const std::int64_t n = member->report.counters[c];
+      // Bounded by the decoder, and there are no more members than fit (wire.h).
+      entry->counters[c] = IsLongest(c) ? std::max(entry->counters[c], n) : entry->counters[c] + n;
+    }
+  }
+}
+
+void Server::ListDomains(Connection& conn) {
+  const auto after = static_cast<std::uint32_t>(question_->word);
+  std::size_t count = 0, members = 0;
+  for (auto at = scopes_.upper_bound(after); conn.op->may_write && at != scopes_.end() && count < control::kMaxDomains; ++at) {
+    if (const Home* const home = HomeOf(at->second)) members += home->connected.size();
+    if (count && members > kMembersALook) break;
+    FillDomain(at->second, &reply_->domains[count++]);
+  }
+  if (const auto own = numbers_.find(conn.op->own); !conn.op->may_write && own != numbers_.end() && own->second > after) {
+    FillDomain(scopes_.at(own->second), &reply_->domains[count++]);
+  }
+  reply_->header = control::MakeHeader(Kind::kDomainsAre, count, question_->header.number);
+  AnswerOperator(conn);
+}
+
+void Server::FillMember(const Connection& member, control::MemberEntry* entry) const {
+  *entry = {};
+  entry->member = member.member;
+  entry->pid = static_cast<std::uint32_t>(member.who.pid);
+  entry->uid = member.who.uid;
+  entry->unmerging = member.report.unmerging;
+  entry->joined_ms = Milliseconds(now_ - member.joined_at);
+  entry->reported_ms = member.reported_at ? Milliseconds(now_ - member.reported_at) : ~std::uint64_t{0};
+  std::uint64_t since = now_;
+  if (member.told > member.answered) since = std::min(since, member.told_at);
+  if (member.ask_open) since = std::min(since, member.ask_at);
+  entry->unanswered_ms = Milliseconds(now_ - since);
+  entry->cpu_ns = member.report.cpu_ns;
+  entry->tunables = member.report.tunables;
+  entry->counters = member.report.counters;
+}
+
+void Server::ListMembers(Connection& conn) {
+  const control::MembersQuestion& about = question_->members_of;
+  const Scope* const scope = FindScope(conn, about.domain);
+  if (!scope) return FailOperator(conn, question_->header.number, ENOENT);
+  std::size_t count = 0;
+  if (const Home* const home = HomeOf(*scope)) {
+    for (std::size_t i = about.after; i < home->connected.size() && count < control::kMaxMembers; ++i) {
+      const Connection* const member = home->connected[i];
+      if (!member || (about.pid && static_cast<std::uint32_t>(member->who.pid) != about.pid)) continue;
+      FillMember(*member, &reply_->members[count++]);
+    }
+  }
+  reply_->header = control::MakeHeader(Kind::kMembersAre, count, question_->header.number);
+  AnswerOperator(conn);
+}
+
+// --- setting ---------------------------------------------------------------------------------------------------------
+
+// KSM's rules, as far as they can be told from here. 0 or an errno.
+int Server::MaySet(const Scope& scope, std::uint32_t tunable, std::int64_t value) const {
+  if (tunable >= kTunableCount) return ENOENT;
+  if (value < kTunableRules[tunable].least || value > kTunableRules[tunable].most) return EINVAL;
+  const auto now = [&](std::uint32_t t) { return scope.versions[t] ? scope.values[t] : kTunableRules[t].preset; };
+  switch (tunable) {
+    // The hashes are seeded by it: it is what ksmud was started with.
+    case engine::kTunable_merge_across_nodes: return value == !config_.by_node ? 0 : EOPNOTSUPP;
+    case engine::kTunable_pages_to_scan: return now(engine::kTunable_advisor_mode) ? EINVAL : 0;
+    case engine::kTunable_max_page_sharing: {
+      const Home* const home = HomeOf(scope);
+      return value != now(tunable) && home && home->domain->frames_live() ? EBUSY : 0;
+    }
+    default: return scope.version == ~std::uint32_t{0} ? EOVERFLOW : 0;
+  }
+}
+
+void Server::SetTunable(Connection& conn) {
+  const control::SetQuestion& wish = question_->set;
+  const std::uint32_t number = question_->header.number;
+  Scope* const scope = FindScope(conn, wish.domain);
+  if (!conn.op->may_write) return FailOperator(conn, number, EPERM);
+  if (!scope) return FailOperator(conn, number, ENOENT);
+  Connection* const one = FindMember(*scope, wish.pid);
+  if (wish.pid && !one) return FailOperator(conn, number, ESRCH);
+  if (const int error = MaySet(*scope, wish.tunable, wish.value)) return FailOperator(conn, number, error);
+  if (wish.tunable == engine::kTunable_merge_across_nodes) {
+    // As it is, and always will be: members have been told when they joined.
+    reply_->header = control::MakeHeader(Kind::kSetDone, 1, number);
+    reply_->done = {};
+    return AnswerOperator(conn);
+  }
+  const std::uint32_t version = ++scope->version;
+  if (one && !one->own) one->own = std::make_unique<OwnTunables>();
+  auto& versions = one ? one->own->versions : scope->versions;
+  (one ? one->own->values : scope->values)[wish.tunable] = wish.value;
+  versions[wish.tunable] = version;
+  // As KSM: whatever the mode, it begins anew.
+  if (wish.tunable == engine::kTunable_advisor_mode) versions[engine::kTunable_pages_to_scan] = 0;
+  const std::string name(kTunableRules[wish.tunable].name);
+  LogMember(Level::kInfo, scope->name, conn.who,
+            "as its operator: " + name + " is " + std::to_string(wish.value) + (one ? " for member " + std::to_string(wish.pid) : ""));
+  if (one) {
+    QueueTelling(*one);
+  } else if (Home* const home = HomeOf(*scope)) {
+    for (Connection* member : home->connected) {
+      if (member) QueueTelling(*member);
+    }
+  }
+  Operator& op = *conn.op;
+  op.asks = Kind::kSet;
+  op.number = number;
+  op.until = now_ + kAnswerWithin;
+  op.look_at = 0;
+  op.scope = wish.domain;
+  op.pid = wish.pid;
+  op.tunable = wish.tunable;
+  op.version = version;
+  if (TendSetting(conn, false)) op.asks = {};
+}
+
+// True: it has been answered, since all members have; or it is late, and those who have not are silent.
+bool Server::TendSetting(Connection& conn, bool late) {
+  const Operator& op = *conn.op;
+  control::SetEntry done{};
+  const auto found = scopes_.find(op.scope);
+  const Home* const home = found == scopes_.end() ? nullptr : HomeOf(found->second);
+  for (std::size_t i = 0; home && i < home->connected.size(); ++i) {
+    const Connection* const member = home->connected[i];
+    const auto pid = member ? static_cast<std::uint32_t>(member->who.pid) : 0;
+    if (!member || (op.pid && pid != op.pid)) continue;
+    const bool silent = member->answered < op.version;
+    if (silent && !late) return false;
+    const std::uint32_t error = silent ? ETIMEDOUT : member->errors[op.tunable];
+    ++(silent ? done.silent : error ? done.refused : done.done);
+    if (error && done.named < control::kMaxFailures) done.failures[done.named++] = {pid, error};
+  }
+  reply_->header = control::MakeHeader(Kind::kSetDone, 1, op.number);
+  reply_->done = done;
+  AnswerOperator(conn);
+  return true;
+}
+
+void Server::QueueTelling(Connection& conn) {
+  if (conn.to_be_told || conn.told >= conn.home->scope->version) return;
+  conn.to_be_told = true;
+  telling_.push_back(conn.id);
+}
+
+// All that has been set since it was told last. When it has answered, or its socket takes something again, it is its turn anew.
+void Server::TellTunables(Connection& conn) {
+  conn.to_be_told = false;
+  if (conn.blocked || conn.told > conn.answered) return;
+  const Scope& scope = *conn.home->scope;
+  std::size_t count = 0;
+  for (std::uint32_t t = 0; t < kTunableCount; ++t) {
+    const bool own = conn.own && conn.own->versions[t] > scope.versions[t];
+    if ((own ? conn.own->versions[t] : scope.versions[t]) <= conn.told) continue;
+    out_.tune[count++] = {t, 0, own ? conn.own->values[t] : scope.values[t]};
+    conn.errors[t] = 0;
+  }
+  if (count == 0) {
+    conn.told = conn.answered = scope.version;
+    return;
+  }
+  out_.header = {0, wire::Kind::kTune, static_cast<std::uint16_t>(count), scope.version, 0};
+  if (!outbox_.Send(conn.id, packet_.data(), wire::Encode(out_, packet_.data()), nullptr, 0)) {
+    conn.blocked = true;
+    return;
+  }
+  conn.told = scope.version;
+  conn.told_at = now_;
+}
+
+const char* Server::NoteTuned(Connection& conn) {
+  if (in_.header.number != conn.told || conn.answered >= conn.told) return "an answer about tunables that it was not told of";
+  for (std::size_t i = 0; i < in_.header.count; ++i) conn.errors[in_.tuned[i].tunable] = static_cast<std::uint16_t>(in_.tuned[i].error);
+  conn.answered = conn.told;
+  QueueTelling(conn);
+  return nullptr;
+}
+
+// --- explaining ------------------------------------------------------------------------------------------------------
+
+// Where a program's memory lies is not for everybody to know who shares pages with it.
+void Server::BeginExplaining(Connection& conn) {
+  const control::ExplainQuestion& about = question_->explain;
+  const std::uint32_t number = question_->header.number;
+  const Scope* const scope = FindScope(conn, about.domain);
+  if (!scope) return FailOperator(conn, number, ENOENT);
+  const Connection* const member = FindMember(*scope, about.pid);
+  if (!member) return FailOperator(conn, number, ESRCH);
+  if (!conn.op->may_write && (member->who.uid != conn.who.uid || config_.unknown_user == std::int64_t{conn.who.uid})) return FailOperator(conn, number, EPERM);
+  Operator& op = *conn.op;
+  op.asks = Kind::kExplain;
+  op.number = number;
+  op.until = now_ + kAnswerWithin;
+  op.look_at = 0;
+  op.from = about.from;
+  op.member = member->id;
+  if (TendExplaining(conn, false)) op.asks = {};
+}
+
+// Asks the member as soon as nobody else's question is before it. True: it has been answered that there is no answer.
+bool Server::TendExplaining(Connection& conn, bool late) {
+  Operator& op = *conn.op;
+  const auto found = connections_.find(op.member);
+  if (found == connections_.end() || late) {
+    FailOperator(conn, op.number, late ? ETIMEDOUT : ESRCH);
+    return true;
+  }
+  Connection& member = *found->second;
+  if (member.ask_open || member.blocked) return false;
+  member.ask_number = member.ask_number == ~std::uint32_t{0} ? 1 : member.ask_number + 1;
+  out_.header = {0, wire::Kind::kAsk, 1, member.ask_number, 0};
+  out_.ask.from = op.from;
+  if (!outbox_.Send(member.id, packet_.data(), wire::Encode(out_, packet_.data()), nullptr, 0)) {
+    member.blocked = true;
+    return false;
+  }
+  member.ask_open = true;
+  member.ask_at = now_;
+  member.ask_from = op.from;
+  member.asker = conn.id;
+  return false;
+}
+
+const char* Server::NoteTold(Connection& conn) {
+  if (!conn.ask_open || in_.header.number != conn.ask_number) return "an answer about regions that it was not asked for";
+  const std::size_t count = in_.header.count;
+  if (count && in_.regions[0].end <= conn.ask_from) return "regions that lie before what it was asked for";
+  conn.ask_open = false;
+  const auto found = connections_.find(conn.asker);
+  // Who has asked may have given up, and even ask for something else.
+  if (found == connections_.end() || !found->second->op || found->second->op->asks != Kind::kExplain || found->second->op->member != conn.id ||
+      found->second->op->from != conn.ask_from) {
+    return nullptr;
+  }
+  Connection& asker = *found->second;
+  asker.op->asks = {};
+  reply_->header = control::MakeHeader(Kind::kExplained, count, asker.op->number);
+  std::copy_n(in_.regions.begin(), count, reply_->regions.begin());
+  AnswerOperator(asker);
+  return nullptr;
+}
+
+// --- time ------------------------------------------------------------------------------------------------------------
+
+void Server::TendOperators(std::uint64_t* next) {
+  for (std::size_t i = 0; i < operators_.size();) {
+    Connection& conn = *connections_.at(operators_[i]);
+    Operator& op = *conn.op;
+    if (!conn.kept.empty() && now_ >= conn.kept_since + kTakesWithin) {
+      Drop(conn, "does not take its answers");
+      continue;  // another is in its place
+    }
+    ++i;
+    if (op.asks == Kind{}) continue;
+    const bool late = now_ >= op.until;
+    if (late || now_ >= op.look_at) {
+      op.look_at = now_ + kLookEvery;
+      if (op.asks == Kind::kSet ? TendSetting(conn, late) : TendExplaining(conn, late)) op.asks = {};
+    }
+    if (op.asks != Kind{}) *next = std::min(*next, std::min(op.look_at, op.until));
+  }
+}
+
+}  // namespace ksmu::broker
