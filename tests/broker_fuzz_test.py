@@ -98,7 +98,7 @@ def build(compiler, name, tree, out, how):
     sources = [os.path.join(FUZZ, f"{name}_fuzz.cc")]
     sources += [os.path.join(tree, "src", "broker", f"{s}.cc") for s in broker] + [os.path.join(tree, "src", s) for s in others]
     command = [compiler, "-std=c++20", "-g", "-O1", "-Wall", "-Wextra", *how, "-I", smaller(name, tree, os.path.dirname(out)),
-               "-I", os.path.join(tree, "src"), *sources, *libraries, "-o", out]
+               "-I", os.path.join(tree, "src"), "-I", os.path.join(tree, "include"), *sources, *libraries, "-o", out]
     return run(command, 600)
 
 

@@ -5,5 +5,13 @@
 namespace ksmu::tools {
 
 int RunExec(int argc, char** argv);
+int RunExplain(int argc, char** argv);
+int RunGet(int argc, char** argv);
+int RunMembers(int argc, char** argv);
+int RunRun(int argc, char** argv);
+int RunSet(int argc, char** argv);
+int RunStatus(int argc, char** argv);
+int RunTop(int argc, char** argv);
+int RunUnmerge(int argc, char** argv);
 
 }  // namespace ksmu::tools
