@@ -43,6 +43,46 @@ bool FrameGood(const std::byte* e) { return WordAt(e) < 268'435'456; }
 bool AnswerGood(const std::byte* e) { return FrameGood(e) || WordAt(e) == 0xffff'ffff; }
 bool RefusalGood(const std::byte* e) { return WordAt(e) >= 1 && WordAt(e) < static_cast<std::uint32_t>(Refusal::kCount); }
 
+std::uint64_t LongAt(const std::byte* at) {
+  std::uint64_t word;
+  std::memcpy(&word, at, sizeof word);
+  return word;
+}
+constexpr std::uint64_t kMost = 1ull << 48;
+bool ReportGood(const std::byte* e) {
+  for (int i = 0; i < 7; ++i) {
+    if (LongAt(e + 8 * i) > kMost) return false;
+  }
+  for (int i = 8; i < 8 + 64 + 32; ++i) {
+    if (LongAt(e + 8 * i) + kMost > 2 * kMost) return false;  // either sign
+  }
+  return LongAt(e + 56) <= 1ull << 62 && WordAt(e + 832) <= 4095 && WordAt(e + 836) == 0;
+}
+// Of all tunables but these the least is 0 and the most 2^40.
+bool TuneGood(const std::byte* e) {
+  struct {
+    std::uint64_t least, most;
+  } ranges[18];
+  for (auto& range : ranges) range = {0, 1ull << 40};
+  for (const int i : {4, 6, 7, 11, 16}) ranges[i].most = 1;
+  ranges[0].most = 2, ranges[3].most = ranges[12].most = 100, ranges[8].most = ranges[9].most = 4000, ranges[17].most = 512;
+  for (const int i : {12, 13, 14, 15}) ranges[i].least = 1;
+  ranges[5].least = 2;
+  const std::uint32_t which = WordAt(e);
+  return which < 18 && WordAt(e + 4) == 0 && LongAt(e + 8) >= ranges[which].least && LongAt(e + 8) <= ranges[which].most;
+}
+bool TunedGood(const std::byte* e) { return WordAt(e) < 18 && WordAt(e + 4) <= 4095; }
+bool AskGood(const std::byte* e) { return LongAt(e) < 1ull << 57; }
+// By itself; for the order see MayBeSent.
+bool RegionGood(const std::byte* e) {
+  const std::uint64_t start = LongAt(e), end = LongAt(e + 8), next = LongAt(e + 16);
+  if (start >= end || end > 1ull << 57 || (next && (next < end || next > 1ull << 57))) return false;
+  for (int i = 5; i < 9 + 32; ++i) {
+    if (LongAt(e + 8 * i) > (end - start) / 4096) return false;
+  }
+  return (WordAt(e + 24) & ~0x30000u) == 0 && WordAt(e + 28) <= 4095 && LongAt(e + 32) <= 1ull << 57;
+}
+
 struct Rule {
   Kind kind;
   Sender from;
@@ -59,12 +99,16 @@ constexpr Rule kRules[] = {
     {Kind::kOffer, Sender::kMember, false, 2048, 8, offsetof(Message, offers), &AnyGood},
     {Kind::kDrop, Sender::kMember, false, 4096, 4, kWords, &FrameGood},
     {Kind::kRelease, Sender::kMember, false, 4096, 4, kWords, &FrameGood},
-    {Kind::kReport, Sender::kMember, false, 1, 64, offsetof(Message, report), &AnyGood},
+    {Kind::kReport, Sender::kMember, false, 1, 840, offsetof(Message, report), &ReportGood},
+    {Kind::kTuned, Sender::kMember, true, 32, 8, offsetof(Message, tuned), &TunedGood},
+    {Kind::kTold, Sender::kMember, true, 16, 328, offsetof(Message, regions), &RegionGood},
     {Kind::kJoined, Sender::kBroker, true, 1, 32, offsetof(Message, joined), &JoinedGood},
     {Kind::kRefused, Sender::kBroker, true, 1, 4, kWords, &RefusalGood},
     {Kind::kFileIs, Sender::kBroker, true, 1, 4, kWords, &FileGood},
     {Kind::kSettled, Sender::kBroker, true, 512, 4, kWords, &AnswerGood},
     {Kind::kWanted, Sender::kBroker, false, 4096, 4, kWords, &AnyGood},
+    {Kind::kTune, Sender::kBroker, true, 32, 16, offsetof(Message, tune), &TuneGood},
+    {Kind::kAsk, Sender::kBroker, true, 1, 8, offsetof(Message, ask), &AskGood},
 };
 constexpr std::size_t kHeader = 16;
 
@@ -92,9 +136,12 @@ bool MayBeSent(const std::byte* packet, std::size_t bytes, Sender from) {
   const Rule* const rule = RuleOf(head.kind);
   if (!rule || rule->from != from || head.bytes != bytes || head.reserved) return false;
   if (rule->numbered ? head.number == 0 : head.number != 0) return false;
-  if (head.count < (rule->kind == Kind::kWanted ? 0 : 1) || head.count > rule->most || kHeader + head.count * rule->entry_bytes != bytes) return false;
+  if (head.count < (rule->kind == Kind::kWanted || rule->kind == Kind::kTold ? 0 : 1) || head.count > rule->most || kHeader + head.count * rule->entry_bytes != bytes) return false;
   for (std::size_t i = 0; i < head.count; ++i) {
-    if (!rule->good(packet + kHeader + i * rule->entry_bytes)) return false;
+    const std::byte* const entry = packet + kHeader + i * rule->entry_bytes;
+    if (!rule->good(entry)) return false;
+    // Each but the last leads on, and they do not overlap.
+    if (rule->kind == Kind::kTold && i && (LongAt(entry - 328 + 16) == 0 || LongAt(entry) < LongAt(entry - 328 + 8))) return false;
   }
   return true;
 }
