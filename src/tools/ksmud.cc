@@ -32,6 +32,7 @@
 #include "os/users.h"
 
 namespace {
+constexpr int kNice = -10;
 
 using ksmu::broker::Fd;
 using ksmu::broker::Level;
@@ -439,6 +440,9 @@ Fd BlockSignals() {
 }
 
 void Prepare() {
+  // Members wait some milliseconds for an answer and then go on without: where all of them are busy, the one who answers must not
+  // stand in line with them. What it does between two answers is bounded. Where it is not permitted it stays as it is.
+  if (getpriority(PRIO_PROCESS, 0) > kNice) setpriority(PRIO_PROCESS, 0, kNice);
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
     limit.rlim_cur = limit.rlim_max;
