@@ -1,0 +1,9 @@
+// The commands of ksmuctl, each in a file of its own. `argv` is what follows the command's name; what is returned is the exit
+// status. Each prints its own usage for --help.
+#pragma once
+
+namespace ksmu::tools {
+
+int RunExec(int argc, char** argv);
+
+}  // namespace ksmu::tools
