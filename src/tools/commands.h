@@ -4,6 +4,7 @@
 
 namespace ksmu::tools {
 
+int RunDoctor(int argc, char** argv);
 int RunExec(int argc, char** argv);
 
 }  // namespace ksmu::tools

@@ -14,6 +14,7 @@ constexpr struct {
   int (*run)(int argc, char** argv);
   const char* help;
 } kCommands[] = {
+    {"doctor", ksmu::tools::RunDoctor, "can ksmu work here? what is in the way, and the command that mends it"},
     {"exec", ksmu::tools::RunExec, "run a program with libksmu_preload.so"},
 };
 
