@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """The commands of ksmuctl that look at the machine and at processes.
 
-  ksmuctl_test.py doctor KSMUCTL KSMUD   each situation that it has to name, made to happen to a child
+  ksmuctl_test.py doctor KSMUCTL KSMUD        each situation that it has to name, made to happen to a child
+  ksmuctl_test.py what_if KSMUCTL LAID_OUT    what it counts of processes whose memory this has laid out (ksmuctl/laid_out.c)
+  ksmuctl_test.py map KSMUCTL LAID_OUT        the same for the picture
 """
 import ctypes
 import gzip
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -16,7 +19,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import xml.etree.ElementTree
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "preload"))
 from support import environment  # noqa: E402
@@ -64,6 +69,10 @@ def filter_calls(names, action=EPERM):
             os._exit(99)
         assert buffer
     return install
+
+
+def can_filter():
+    return platform.machine() in NUMBERS and run(["true"], filter_calls(["fallocate"]))[0] == 0
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------
@@ -148,10 +157,8 @@ def copies(doctor, work):
 
 
 def filters(doctor):
-    if platform.machine() not in NUMBERS:
-        return skip("filters", f"the numbers of system calls of {platform.machine()} are not written down")
-    if run(["true"], filter_calls(["fallocate"]))[0] != 0:
-        return skip("filters", "seccomp filters are not permitted here")
+    if not can_filter():
+        return skip("filters", "seccomp filters are not permitted here, or this machine's numbers of system calls are not written down")
     # ioctl is what a device would be asked by: neither way is left.
     for name, action in (("EPERM", EPERM), ("ENOSYS", ENOSYS), ("SIGSYS", KILL)):
         for calls in (["memfd_create"], ["process_vm_readv"]):
@@ -313,9 +320,276 @@ def doctor_cases(ksmuctl, ksmud):
             skip("filters", findings.get("trial", {}).get("cause", "the library does not work here without filters either"))
 
 
+# --- what-if and map -------------------------------------------------------------------------------------------------
+
+class LaidOut:
+    """A process whose memory is known, laid out piece by piece."""
+    def __init__(self, program, *items):
+        self.process = subprocess.Popen([program, *items], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.pid, self.left = self.process.pid, len(items)
+
+    def __enter__(self):
+        self.process.stdout.readline()
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def step(self):
+        """The addresses of the next piece: start and bytes."""
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+        self.left -= 1
+        return [int(number, 16) for number in self.process.stdout.readline().split()]
+
+    def all(self):
+        return [self.step() for _ in range(self.left)]
+
+    def rss(self):
+        with open(f"/proc/{self.pid}/statm") as f:
+            return int(f.read().split()[1])
+
+
+def huge_pages():
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as f:
+            return "[never]" not in f.read()
+    except OSError:
+        return False
+
+
+def bad_processes(ksmuctl, command, program, *more):
+    """What any command answers that looks at a process."""
+    def expect(name, status, text, *arguments, before=None, prefix=()):
+        got, out, err = run([*prefix, ksmuctl, command, *arguments, *more], before)
+        check(f"{command}: {name}", got == status and text in err and not out, (got, out, err))
+
+    for pid in ("abc", "12x", "0", "-1", "+5", " 5", "", "0x10", "1.5", "2147483648", "99999999999999999999", "-99999999999999999999"):
+        expect(f"PID '{pid}'", 2, "is no process's number", pid)
+    expect("no PID", 2, "no process is named")
+    expect("an option", 2, "unknown option --what", "--what", "1")
+    status, out, _ = run([ksmuctl, command, "--help"])
+    check(f"{command} --help", status == 0 and out.startswith(f"usage: ksmuctl {command}"), out)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    expect("no such process", 1, f"there is no process {gone.pid}", str(gone.pid))
+    zombie = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    expect("a zombie", 1, f"process {zombie.pid} has ended", str(zombie.pid))
+    zombie.wait()
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    expect("a thread", 1, f"{thread.native_id} is a thread, not a process", str(thread.native_id))
+    stop.set()
+    thread.join()
+    if os.geteuid() != 0 or not shutil.which("setpriv"):
+        return skip(f"{command}: no right", "it takes root and setpriv to give the rights up")
+    if os.path.exists("/proc/2/comm") and open("/proc/2/comm").read().strip() == "kthreadd":
+        expect("the kernel's", 1, "process 2 has no memory of its own", "2")
+    else:
+        skip(f"{command}: the kernel's", "process 2 is none")
+    with tempfile.TemporaryDirectory() as work, LaidOut(program) as process:
+        os.chmod(work, 0o755)
+        other = shutil.copy(ksmuctl, work)
+        drop = ["setpriv", f"--reuid={STRANGER}", f"--regid={STRANGER}", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+        status, out, err = run([*drop, other, command, str(process.pid), *more])
+        check(f"{command}: no right", status == 1 and f"process {process.pid} may not be looked at: run ksmuctl as its user" in err and not out, (status, err))
+
+
+def what_if(ksmuctl, *arguments, before=None):
+    status, out, err = run([ksmuctl, "what-if", "--json", *map(str, arguments)], before)
+    if status != 0:
+        check(f"what-if {arguments}", False, (status, err))
+        return None
+    counts = json.loads(out)
+    parts = ("zero", "duplicates_within", "duplicates_across", "unique", "changing", "shared_already")
+    check("what-if: it adds up", counts["looked_at"] == sum(counts[part] for part in parts), counts)
+    saved = counts["zero"] + counts["duplicates_within"] + counts["duplicates_across"]
+    check("what-if: what is saved", (counts["saved_pages"], counts["saved_bytes"]) == (saved, saved * counts["page_bytes"]), counts)
+    return counts
+
+
+def difference(after, before):
+    """What has been laid out in between; the rest of the process keeps still."""
+    if not after or not before:
+        return {}
+    return {k: after[k] - before[k] for k in after if isinstance(after[k], int) and not isinstance(after[k], bool)
+            and k not in ("page_bytes", "saved_pages", "saved_bytes", "seconds") and after[k] != before[k]}
+
+
+def what_if_cases(ksmuctl, program):
+    bad_processes(ksmuctl, "what-if", program)
+    for arguments in (["--seconds", "x", "1"], ["--seconds", "-1", "1"], ["--max-pages", "0", "1"], ["--max-pages"], ["1", "1"]):
+        status, out, err = run([ksmuctl, "what-if", *arguments])
+        check(f"what-if {arguments}", status == 2 and "usage:" in err and not out, (status, err))
+    now = ["--seconds", 0]
+    pieces = [("unique:100", {"looked_at": 100, "unique": 100}),
+              ("same:50:7", {"looked_at": 50, "unique": 1, "duplicates_within": 49}),
+              ("same:300:8", {"looked_at": 300, "unique": 1, "duplicates_within": 299}),
+              ("same:10:7", {"looked_at": 10, "duplicates_within": 10}),
+              ("zero:1000", {"looked_at": 1000, "zero": 1000}),
+              ("read:200", {"kernel_zero": 200}),
+              ("frames:40", {"frames": 30, "looked_at": 10, "unique": 10}),
+              ("sparse:64", {"looked_at": 64, "unique": 64})]
+    with LaidOut(program, *[item for item, _ in pieces], "same:1:9", "churn:70") as process:
+        before = what_if(ksmuctl, *now, process.pid)
+        first = before
+        for item, expected in pieces:
+            process.step()
+            rss = process.rss()
+            after = what_if(ksmuctl, *now, process.pid)
+            check(f"what-if {item}", difference(after, before) == expected, (difference(after, before), expected))
+            check(f"what-if {item}: nothing is made by looking", process.rss() == rss, (process.rss(), rss))
+            before = after
+        check("what-if: complete", before["complete"] and before["ksm"] in (0, None), before)
+        part = what_if(ksmuctl, *now, "--max-pages", 500, process.pid)
+        check("what-if --max-pages", part and not part["complete"] and part["looked_at"] == 500, part)
+        # Two processes, in one domain.
+        with LaidOut(program, "same:20:8", "same:5:1000", "unique:30", "zero:4") as other:
+            alone = what_if(ksmuctl, *now, process.pid)
+            empty = what_if(ksmuctl, *now, process.pid, other.pid)
+            other.all()
+            both = what_if(ksmuctl, *now, process.pid, other.pid)
+            expected = {"looked_at": 59, "duplicates_across": 1, "duplicates_within": 19 + 4, "unique": 31, "zero": 4}
+            check("what-if of two", difference(both, empty) == expected, (difference(both, empty), expected))
+            check("what-if of two: pids", both["pids"] == [process.pid, other.pid] and alone["duplicates_across"] == 0, both)
+            status, out, _ = run([ksmuctl, "what-if", "--seconds", "0", str(process.pid), str(other.pid)])
+            check("what-if: text", status == 0 and f"processes: {process.pid} {other.pid}\n" in out
+                  and f"{'would be saved':22} {both['saved_pages']:14,} pages" in out, out)
+        process.step()
+        still = what_if(ksmuctl, "--seconds", 1, process.pid)
+        process.step()
+        churned = what_if(ksmuctl, "--seconds", 1, process.pid)
+        check("what-if churn", difference(churned, still) == {"looked_at": 70, "changing": 70}, difference(churned, still))
+        check("what-if: of the whole", still["unique"] - first["unique"] == 100 + 2 + 10 + 64 + 1, still)
+        ending = subprocess.Popen([ksmuctl, "what-if", "--seconds", "4", str(process.pid)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(1)
+        process.process.kill()
+        out, err = ending.communicate()
+        check("what-if: it ends meanwhile", ending.returncode == 1 and not out and f"process {process.pid} has ended" in err, (ending.returncode, out, err))
+    if can_filter():
+        with LaidOut(program, "read:200", "same:9:1", "frames:8") as process:
+            process.all()
+            new, old = what_if(ksmuctl, *now, process.pid), what_if(ksmuctl, *now, process.pid, before=filter_calls(["ioctl"]))
+            expected = {"kernel_zero": -200, "looked_at": 200, "shared_already": 200}  # what only PAGEMAP_SCAN tells
+            check("what-if without PAGEMAP_SCAN", difference(old, new) == expected, (difference(old, new), expected))
+            status, out, err = run([ksmuctl, "what-if", str(process.pid)], filter_calls(["process_vm_readv"]))
+            check("what-if without process_vm_readv", status == 1 and not out and "may not be looked at" in err, (status, out, err))
+    else:
+        skip("what-if without PAGEMAP_SCAN", "seccomp filters are not permitted here")
+    with LaidOut(program, "forked:90") as process:
+        before = what_if(ksmuctl, *now, process.pid)
+        process.step()
+        after = what_if(ksmuctl, *now, process.pid)
+        good = after["looked_at"] == before["looked_at"] + 90 and 90 <= after["shared_already"] <= after["looked_at"]
+        check("what-if forked", good and after["ksm"] in (0, None), (before, after))
+    if not huge_pages():
+        return skip("what-if huge", "there are no transparent huge pages here")
+    with LaidOut(program, "huge:1024") as process:
+        before = what_if(ksmuctl, *now, process.pid)
+        process.step()
+        found = difference(what_if(ksmuctl, *now, process.pid), before)
+        if found.get("huge") in (None, 512):
+            skip("what-if huge", "the kernel had no huge pages to give")
+        else:
+            check("what-if huge", found == {"looked_at": 1024, "unique": 1024, "huge": 1024}, found)
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+CLASSES = ("shared", "zero", "private", "huge", "file", "swapped", "absent")
+
+
+def picture(ksmuctl, pid, file, before=None):
+    """The picture's root, and the pages of each kind: by the legend, and printed, which have to agree."""
+    status, out, err = run([ksmuctl, "map", str(pid), "-o", file], before)
+    if status != 0:
+        check("map", False, (status, err))
+        return None, {}
+    root = xml.etree.ElementTree.parse(file).getroot()
+    legend = {}
+    for kind in CLASSES:
+        text = "".join(root.find(f"{SVG}g[@id='legend-{kind}']/{SVG}text").itertext())
+        legend[kind] = int(re.search(r": ([\d,]+) pages", text)[1].replace(",", ""))
+    printed = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in out.splitlines()[1:]}
+    check("map: printed as drawn", printed == legend, (printed, legend))
+    # And so do the cells.
+    cells = dict.fromkeys(CLASSES, 0)
+    for title in root.iter(f"{SVG}title"):
+        for kind, pages in re.findall(r" ([a-z]+) (\d+)(?= |$)", title.text[title.text.rindex(":"):]):
+            cells[kind] += int(pages)
+    check("map: the cells add up", cells == legend | {"absent": 0}, (cells, legend))
+    check("map: its size", os.path.getsize(file) < 2_500_000, os.path.getsize(file))
+    return root, legend
+
+
+def map_cases(ksmuctl, program):
+    with tempfile.TemporaryDirectory() as work:
+        file = os.path.join(work, "file.svg")
+        bad_processes(ksmuctl, "map", program, "-o", file)
+        check("map: nothing is drawn of what cannot be looked at", not os.path.exists(file))
+        for arguments, text in ((["1"], "-o FILE.svg"), (["1", "-o"], "wants a file"), (["1", "2", "-o", file], "one process")):
+            status, out, err = run([ksmuctl, "map", *arguments])
+            check(f"map {arguments}", status == 2 and text in err and not out, (status, err))
+        pieces = [("unique:1000", {"private": 1000}), ("zero:16", {"private": 16}), ("read:500", {"zero": 500}),
+                  ("frames:40", {"shared": 30, "private": 10}), ("sparse:64", {"private": 64, "absent": (16 << 40) // 4096 - 64})]
+        with LaidOut(program, *[item for item, _ in pieces]) as process:
+            for path, why in ((os.path.join(work, "no", "file.svg"), "No such file"), (work, "Is a directory"), ("/dev/full", "No space left")):
+                status, out, err = run([ksmuctl, "map", str(process.pid), "-o", path])
+                check(f"map -o {why}", status == 1 and f"{path}: {why}" in err and not out, (status, err))
+            _, before = picture(ksmuctl, process.pid, file)
+            for item, expected in pieces:
+                start, size = process.step()
+                rss = process.rss()
+                root, after = picture(ksmuctl, process.pid, file)
+                found = {kind: after[kind] - before[kind] for kind in after}
+                found["absent"] += found.pop("file")  # more of the program itself, that has been run for this
+                found = {kind: pages for kind, pages in found.items() if pages}
+                check(f"map {item}", found == expected, (found, expected))
+                check(f"map {item}: nothing is made by looking", process.rss() == rss, (process.rss(), rss))
+                titles = [title.text for title in root.iter(f"{SVG}title")]
+                ranges = [[int(x, 16) for x in title.split(" ")[0].split("-")] for title in titles]
+                check(f"map {item}: in the order of addresses", all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:])), ranges[:3])
+                inside = sum(1 for a, b in ranges if a < start + size and b > start)
+                check(f"map {item}: where it is", inside >= 1, (hex(start), titles[:3]))
+                before = after
+            check("map: sparse memory is drawn where it is", inside == 64, inside)
+        if can_filter():
+            with LaidOut(program, "read:500", "frames:40", "unique:20") as process:
+                process.all()
+                new, old = picture(ksmuctl, process.pid, file)[1], picture(ksmuctl, process.pid, file, filter_calls(["ioctl"]))[1]
+                expected = new | {"zero": new["zero"] - 500, "private": new["private"] + 500}
+                check("map without PAGEMAP_SCAN", old == expected, (old, expected))
+        else:
+            skip("map without PAGEMAP_SCAN", "seccomp filters are not permitted here")
+        # More cells than there can be, far from each other; and with names that are no XML.
+        with LaidOut(program, "sparse:20000") as process:
+            start, size = process.all()[0]
+            root, counts = picture(ksmuctl, process.pid, file)
+            inside = sum(1 for _ in root.iter(f"{SVG}title"))
+            check("map: many cells", counts["private"] >= 20000 and 1000 < inside <= 4096, (counts, inside))
+        odd = shutil.copy(program, os.path.join(work, "a<b>&\"\x01]]>"))
+        with LaidOut(odd, "unique:10") as process:
+            process.all()
+            root, _ = picture(ksmuctl, process.pid, file)
+            check("map: a name that is no XML", root is not None and any('a<b>&"' in "".join(t.itertext()) for t in root.iter(f"{SVG}text")), "")
+        if not huge_pages():
+            return skip("map huge", "there are no transparent huge pages here")
+        with LaidOut(program, "huge:1024") as process:
+            _, before = picture(ksmuctl, process.pid, file)
+            process.step()
+            _, after = picture(ksmuctl, process.pid, file)
+            if after["huge"] - before["huge"] < 1024:
+                skip("map huge", "the kernel had no huge pages to give")
+            else:
+                check("map huge", (after["huge"], after["private"]) == (before["huge"] + 1024, before["private"]), (before, after))
+
+
 def main():
     what, arguments = sys.argv[1], [os.path.abspath(a) for a in sys.argv[2:]]
-    {"doctor": doctor_cases}[what](*arguments)
+    {"doctor": doctor_cases, "what_if": what_if_cases, "map": map_cases}[what](*arguments)
     print(f"{len(passed)} passed, {len(failed)} failed, {len(skipped)} skipped")
     for name, why in skipped:
         print(f"skipped 1: {name}: {why}")

@@ -18,9 +18,9 @@ static_assert(sizeof(PageRun) == sizeof(uapi::PageRegion) &&
               offsetof(PageRun, categories) == offsetof(uapi::PageRegion, categories));
 static_assert(std::endian::native == std::endian::little);
 
-int Pagemap::Open(std::size_t page_bytes) {
+int Pagemap::Open(std::size_t page_bytes, const char* path) {
   page_bytes_ = page_bytes;
-  fd_ = raw::Repeat([] { return open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC); });
+  fd_ = raw::Repeat([&] { return open(path, O_RDONLY | O_CLOEXEC); });
   if (fd_ < 0) return fd_;
   uapi::PagemapScan probe{};  // an empty range: nothing is looked at, but the call has to exist
   probe.size = sizeof probe;

@@ -6,5 +6,7 @@ namespace ksmu::tools {
 
 int RunDoctor(int argc, char** argv);
 int RunExec(int argc, char** argv);
+int RunMap(int argc, char** argv);
+int RunWhatIf(int argc, char** argv);
 
 }  // namespace ksmu::tools

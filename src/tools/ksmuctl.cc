@@ -16,6 +16,8 @@ constexpr struct {
 } kCommands[] = {
     {"doctor", ksmu::tools::RunDoctor, "can ksmu work here? what is in the way, and the command that mends it"},
     {"exec", ksmu::tools::RunExec, "run a program with libksmu_preload.so"},
+    {"map", ksmu::tools::RunMap, "a picture of a process's memory: what is shared, zero, private, huge, swapped"},
+    {"what-if", ksmu::tools::RunWhatIf, "what merging the memory of processes would save"},
 };
 
 void PrintUsage(FILE* to) {
