@@ -65,7 +65,7 @@ bool Foreign::Open(int pid, std::string* why) {
   entries_fd_ = Repeat([&] { return open(path.c_str(), O_RDONLY | O_CLOEXEC); });
   if (entries_fd_ < 0) {
     // Of a process that has ended, and is still waited for, and of the kernel's own.
-    if (entries_fd_ != -ESRCH || !HasEnded(why)) *why = entries_fd_ == -ESRCH ? WhyNoMemory() : WhyNot(entries_fd_);
+    if (!HasEnded(why)) *why = entries_fd_ == -ESRCH ? WhyNoMemory() : WhyNot(entries_fd_);
     return false;
   }
   scans_ = pagemap_.Open(page_bytes_, path.c_str()) == 0;
