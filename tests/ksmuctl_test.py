@@ -153,6 +153,8 @@ def copies(doctor, work):
     ours = {"proc/78/ksm_stat": "ksm_rmap_items 0\nksm_merge_any: yes\n",
             "proc/78/maps": "7f0000000000-7f0000001000 r--p 0 00:01 9 /memfd:ksmu-frames (deleted)\n"}
     expect("KSM on the same memory", ksm | ours, "ksm", "problem", "the same memory as ksmu, in process 78", "echo 2 > /sys/kernel/mm/ksm/run")
+    advised = {"proc/78/ksm_stat": "ksm_rmap_items 12\nksm_merge_any: no\n"}
+    expect("KSM by madvise on the same memory", ksm | ours | advised, "ksm", "problem", "in process 78", "echo 2 > /sys/kernel/mm/ksm/run")
     expect("KSM, not on ksmu's", ksm | ours | {"proc/78/ksm_stat": "ksm_rmap_items 0\nksm_merge_any: no\n"}, "ksm", "warning", "beside ksmu", "")
 
 
@@ -507,7 +509,7 @@ def picture(ksmuctl, pid, file, before=None):
     status, out, err = run([ksmuctl, "map", str(pid), "-o", file], before)
     if status != 0:
         check("map", False, (status, err))
-        return None, {}
+        return None, {}, []
     root = xml.etree.ElementTree.parse(file).getroot()
     legend = {}
     for kind in CLASSES:
@@ -521,8 +523,10 @@ def picture(ksmuctl, pid, file, before=None):
         for kind, pages in re.findall(r" ([a-z]+) (\d+)(?= |$)", title.text[title.text.rindex(":"):]):
             cells[kind] += int(pages)
     check("map: the cells add up", cells == legend | {"absent": 0}, (cells, legend))
+    ranges = [[int(x, 16) for x in title.text.split(" ")[0].split("-")] for title in root.iter(f"{SVG}title")]
+    check("map: in the order of addresses", all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:])), ranges[:3])
     check("map: its size", os.path.getsize(file) < 2_500_000, os.path.getsize(file))
-    return root, legend
+    return root, legend, ranges
 
 
 def map_cases(ksmuctl, program):
@@ -539,21 +543,18 @@ def map_cases(ksmuctl, program):
             for path, why in ((os.path.join(work, "no", "file.svg"), "No such file"), (work, "Is a directory"), ("/dev/full", "No space left")):
                 status, out, err = run([ksmuctl, "map", str(process.pid), "-o", path])
                 check(f"map -o {why}", status == 1 and f"{path}: {why}" in err and not out, (status, err))
-            _, before = picture(ksmuctl, process.pid, file)
+            _, before, _ = picture(ksmuctl, process.pid, file)
             for item, expected in pieces:
                 start, size = process.step()
                 rss = process.rss()
-                root, after = picture(ksmuctl, process.pid, file)
+                _, after, ranges = picture(ksmuctl, process.pid, file)
                 found = {kind: after[kind] - before[kind] for kind in after}
                 found["absent"] += found.pop("file")  # more of the program itself, that has been run for this
                 found = {kind: pages for kind, pages in found.items() if pages}
                 check(f"map {item}", found == expected, (found, expected))
                 check(f"map {item}: nothing is made by looking", process.rss() == rss, (process.rss(), rss))
-                titles = [title.text for title in root.iter(f"{SVG}title")]
-                ranges = [[int(x, 16) for x in title.split(" ")[0].split("-")] for title in titles]
-                check(f"map {item}: in the order of addresses", all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:])), ranges[:3])
                 inside = sum(1 for a, b in ranges if a < start + size and b > start)
-                check(f"map {item}: where it is", inside >= 1, (hex(start), titles[:3]))
+                check(f"map {item}: where it is", inside >= 1, (hex(start), ranges[:3]))
                 before = after
             check("map: sparse memory is drawn where it is", inside == 64, inside)
         if can_filter():
@@ -566,21 +567,22 @@ def map_cases(ksmuctl, program):
             skip("map without PAGEMAP_SCAN", "seccomp filters are not permitted here")
         # More cells than there can be, far from each other; and with names that are no XML.
         with LaidOut(program, "sparse:20000") as process:
-            start, size = process.all()[0]
-            root, counts = picture(ksmuctl, process.pid, file)
-            inside = sum(1 for _ in root.iter(f"{SVG}title"))
-            check("map: many cells", counts["private"] >= 20000 and 1000 < inside <= 4096, (counts, inside))
+            _, before, _ = picture(ksmuctl, process.pid, file)
+            process.step()
+            _, after, ranges = picture(ksmuctl, process.pid, file)
+            good = after["private"] - before["private"] == 20000 and 1000 < len(ranges) <= 4096
+            check("map: many cells", good, (before, after, len(ranges)))
         odd = shutil.copy(program, os.path.join(work, "a<b>&\"\x01]]>"))
         with LaidOut(odd, "unique:10") as process:
             process.all()
-            root, _ = picture(ksmuctl, process.pid, file)
+            root, _, _ = picture(ksmuctl, process.pid, file)
             check("map: a name that is no XML", root is not None and any('a<b>&"' in "".join(t.itertext()) for t in root.iter(f"{SVG}text")), "")
         if not huge_pages():
             return skip("map huge", "there are no transparent huge pages here")
         with LaidOut(program, "huge:1024") as process:
-            _, before = picture(ksmuctl, process.pid, file)
+            _, before, _ = picture(ksmuctl, process.pid, file)
             process.step()
-            _, after = picture(ksmuctl, process.pid, file)
+            _, after, _ = picture(ksmuctl, process.pid, file)
             if after["huge"] - before["huge"] < 1024:
                 skip("map huge", "the kernel had no huge pages to give")
             else:

@@ -24,7 +24,7 @@ namespace {
 using os::raw::Repeat;
 
 constexpr std::uint32_t kThere = os::kPresent | os::kSwapped;
-constexpr std::size_t kRuns = 1024, kEntries = 4096;
+constexpr std::size_t kRuns = 512, kEntries = 4096;
 
 std::string Process(int pid) { return "process " + std::to_string(pid); }
 

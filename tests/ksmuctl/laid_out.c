@@ -71,7 +71,7 @@ static char *LayOut(const char *what, size_t pages, uint64_t seed, size_t *bytes
     *bytes = pages * kPage;
   }
   madvise(memory, *bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-  const size_t stride = strcmp(what, "sparse") == 0 ? kSparse / pages : kPage;
+  const size_t stride = strcmp(what, "sparse") == 0 ? kSparse / pages / kPage * kPage : kPage;
   for (size_t i = 0; i < pages; ++i) {
     char *page = memory + i * stride;
     if (strcmp(what, "read") == 0) (void)*(volatile char *)page;
