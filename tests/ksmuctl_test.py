@@ -488,6 +488,9 @@ def what_if_cases(ksmuctl, program):
         after = what_if(ksmuctl, *now, process.pid)
         good = after["looked_at"] == before["looked_at"] + 90 and 90 <= after["shared_already"] <= after["looked_at"]
         check("what-if forked", good and after["ksm"] in (0, None), (before, after))
+        # Pinned for reading, a page that is shared would be copied.
+        again = what_if(ksmuctl, *now, process.pid)
+        check("what-if forked: still shared afterwards", difference(again, after) == {}, difference(again, after))
     if not huge_pages():
         return skip("what-if huge", "there are no transparent huge pages here")
     with LaidOut(program, "huge:1024") as process:

@@ -163,8 +163,8 @@ class WhatIf {
         if (records_.full()) return complete_ = false;
         ++counts_.looked_at;
         counts_.huge += (run.categories & os::kHuge) != 0;
-        if (!bytes) ++counts_.changing;
-        else if (!(entry & os::uapi::kPagemapExclusive)) NoteShared(entry);
+        if (IsShared(entry)) NoteShared(entry);
+        else if (!bytes) ++counts_.changing;
         else records_.Add(Record::Of(content::Hash(bytes, page_, 0), at / page_ + i, number));
         return true;
       };
@@ -173,16 +173,23 @@ class WhatIf {
     return true;
   }
 
-  // Calls take(which, its entry, its bytes or null if it is not there any more) for each, as long as that says true.
+  static bool IsOwn(std::uint64_t entry) {
+    constexpr std::uint64_t kOwn = os::uapi::kPagemapPresent | os::uapi::kPagemapExclusive;
+    return (entry & kOwn) == kOwn;
+  }
+  static bool IsShared(std::uint64_t entry) { return (entry & os::uapi::kPagemapPresent) && !IsOwn(entry); }
+
+  // Calls take(which, its entry, its bytes or null) for each, as long as that says true. Only what is there is read: else reading
+  // would make it, or bring it in. And only what is mapped once: process_vm_readv pins, and the kernel then copies an anonymous
+  // page that a fork or KSM has shared (seen on 6.18), which would undo what is saved.
   bool ReadPages(const Foreign& process, os::Address start, std::size_t pages,
                  const std::function<bool(std::size_t, std::uint64_t, const void*)>& take, std::string* why) {
     std::uint64_t entries[kBatch];
     process.ReadEntries(start, entries, pages);
     for (std::size_t i = 0; i < pages;) {
-      // Only what is there: reading would make or bring in the rest.
-      std::size_t there = 0;
-      while (i + there < pages && (entries[i + there] & os::uapi::kPagemapPresent)) ++there;
-      const std::ptrdiff_t got = there ? process.Read(start + i * page_, buffer_.data(), there * page_) : 0;
+      std::size_t own = 0;
+      while (i + own < pages && IsOwn(entries[i + own])) ++own;
+      const std::ptrdiff_t got = own ? process.Read(start + i * page_, buffer_.data(), own * page_) : 0;
       if (got == -EPERM || got == -EACCES || got == -ENOSYS || got == -ESRCH) {
         if (!process.HasEnded(why)) *why = process.WhyNot(static_cast<int>(got));
         return false;
@@ -192,7 +199,7 @@ class WhatIf {
         if (!take(i + k, entries[i + k], buffer_.data() + k * page_)) return true;
       }
       i += whole;
-      if (whole < there || there == 0) {
+      if (whole < own || own == 0) {
         if (!take(i, entries[i], nullptr)) return true;
         ++i;
       }
