@@ -98,7 +98,9 @@ std::string Tree::Release() const {
   // "Linux version 6.1.0-18-amd64 (…": in copies that hold no /proc/sys.
   std::string rest = Read("/proc/version").value_or("");
   constexpr std::string_view kBefore = "Linux version ";
-  return rest.compare(0, kBefore.size(), kBefore) == 0 ? rest.substr(kBefore.size(), rest.find(' ', kBefore.size()) - kBefore.size()) : "";
+  return rest.compare(0, kBefore.size(), kBefore) == 0
+             ? rest.substr(kBefore.size(), rest.find(' ', kBefore.size()) - kBefore.size())
+             : "";
 }
 
 Capabilities ReadCapabilities(const Tree& tree) {

@@ -29,16 +29,20 @@ std::string DirectoryOf(const std::string& path) { return path.substr(0, std::ma
 bool IsStrangersPlace(const std::string& path, Finding* finding) {
   struct stat socket {}, directory {};
   if (lstat(path.c_str(), &socket) == 0 && !Member::IsTrusted(socket.st_uid)) {
-    *finding = {"broker", Level::kProblem, path + " was made by a stranger, " + NameOf(socket.st_uid) + ": only brokers of root, of oneself, and of users in " +
-                Member::kTrustedFile + " are joined", "rm " + path + ", then ksmud --socket " + path + "; or, if it is to be trusted, as root: echo " +
-                std::to_string(socket.st_uid) + " >> " + Member::kTrustedFile};
+    *finding = {"broker", Level::kProblem,
+                path + " was made by a stranger, " + NameOf(socket.st_uid) +
+                    ": only brokers of root, of oneself, and of users in " + Member::kTrustedFile + " are joined",
+                "rm " + path + ", then ksmud --socket " + path + "; or, if it is to be trusted, as root: echo " +
+                    std::to_string(socket.st_uid) + " >> " + Member::kTrustedFile};
     return true;
   }
   if (stat(DirectoryOf(path).c_str(), &directory) != 0) return false;
   const bool strangers = !Member::IsTrusted(directory.st_uid), open = (directory.st_mode & 0002) && !(directory.st_mode & S_ISVTX);
   if (!strangers && !open) return false;
-  *finding = {"broker", Level::kWarning, DirectoryOf(path) + (strangers ? " is " + NameOf(directory.st_uid) + "'s" : " can be written by everybody") +
-              ": a stranger could put a socket there, which keeps programs from joining", "chmod o-w " + DirectoryOf(path) + (strangers ? "; or another --socket" : "")};
+  *finding = {"broker", Level::kWarning,
+              DirectoryOf(path) + (strangers ? " is " + NameOf(directory.st_uid) + "'s" : " can be written by everybody") +
+                  ": a stranger could put a socket there, which keeps programs from joining",
+              "chmod o-w " + DirectoryOf(path) + (strangers ? "; or another --socket" : "")};
   return true;
 }
 
@@ -58,11 +62,15 @@ Finding Look(const char* path, bool asked_for, bool* nobody) {
             (asked_for ? start : std::string("ksmud &")) + ", or systemctl start ksmud where it is a service"};
   }
   if (error == -EPERM && user != 0) {
-    return {"broker", Level::kProblem, std::string(path) + " is a stranger's broker, of " + NameOf(user) + ": only those of root, of oneself, and of users in " +
-            Member::kTrustedFile + " are joined", "ksmud, as oneself or as root; or, if it is to be trusted, as root: echo " + std::to_string(user) + " >> " +
-            Member::kTrustedFile};
+    return {"broker", Level::kProblem,
+            std::string(path) + " is a stranger's broker, of " + NameOf(user) +
+                ": only those of root, of oneself, and of users in " + Member::kTrustedFile + " are joined",
+            "ksmud, as oneself or as root; or, if it is to be trusted, as root: echo " + std::to_string(user) + " >> " +
+                Member::kTrustedFile};
   }
-  if (error == -EACCES) return {"broker", Level::kProblem, std::string(path) + ": " + why.text, std::string("chmod or chgrp it: ls -l ") + path + "; ksmud --mode is for new ones"};
+  if (error == -EACCES)
+    return {"broker", Level::kProblem, std::string(path) + ": " + why.text,
+            std::string("chmod or chgrp it: ls -l ") + path + "; ksmud --mode is for new ones"};
   if (error) return {"broker", Level::kProblem, std::string(path) + ": " + why.text, "another --socket; or " + start};
   if (suspicious) return place;
   return {"broker", Level::kOk, std::string(path) + ": " + NameOf(user) + " listens", ""};
@@ -73,7 +81,8 @@ Finding Look(const char* path, bool asked_for, bool* nobody) {
 void CheckBroker(const std::string& socket, const std::string& domain, Findings* findings) {
   const char* const named = socket.empty() ? std::getenv("KSMU_BROKER") : socket.c_str();
   BrokerDoor door;
-  if (const char* wrong = door.Choose(named, domain.empty() ? std::getenv("KSMU_DOMAIN") : domain.c_str(), std::getenv("XDG_RUNTIME_DIR"))) {
+  if (const char* wrong =
+          door.Choose(named, domain.empty() ? std::getenv("KSMU_DOMAIN") : domain.c_str(), std::getenv("XDG_RUNTIME_DIR"))) {
     findings->push_back({"broker", Level::kProblem, wrong, "correct --socket and --domain, or KSMU_BROKER and KSMU_DOMAIN"});
     return;
   }

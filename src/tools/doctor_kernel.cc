@@ -75,7 +75,9 @@ std::vector<std::string> MergedTwice(const Tree& tree) {
     if (pid.empty() || !std::all_of(pid.begin(), pid.end(), [](unsigned char c) { return std::isdigit(c); })) continue;
     const std::string stat = "/proc/" + pid + "/ksm_stat";
     const std::string items = tree.Field(stat, "ksm_rmap_items");
-    if ((items.empty() || items == "0") && tree.Field(stat, "ksm_merge_any") != "yes" && tree.Field(stat, "ksm_mergeable") != "yes") continue;
+    if ((items.empty() || items == "0") && tree.Field(stat, "ksm_merge_any") != "yes" &&
+        tree.Field(stat, "ksm_mergeable") != "yes")
+      continue;
     const std::string maps = tree.Read("/proc/" + pid + "/maps").value_or("");
     if (maps.find("/libksmu") == maps.npos && maps.find(os::kPoolFileLinkPrefix) == maps.npos) continue;
     processes.push_back(pid);
@@ -98,12 +100,14 @@ void CheckKernel(const Tree& tree, Findings* findings) {
   std::string_view rest = release;
   std::uint64_t major_number = 0, minor_number = 0;
   if (!os::TakeDecimal(&rest, &major_number) || !os::TakePrefix(&rest, ".") || !os::TakeDecimal(&rest, &minor_number)) {
-    findings->push_back({"kernel", Level::kProblem, "it cannot be told which kernel this is: there is no /proc/sys/kernel/osrelease",
+    findings->push_back({"kernel", Level::kProblem,
+                         "it cannot be told which kernel this is: there is no /proc/sys/kernel/osrelease",
                          tree.is_copy() ? "copy /proc/sys/kernel/osrelease, too" : "mount -t proc proc /proc"});
     return;
   }
   if (major_number < 6 || (major_number == 6 && minor_number < 8)) {
-    findings->push_back({"kernel", Level::kProblem, "Linux " + release + " is too old: 6.8 is needed, for UFFDIO_MOVE", HowToGetKernel(tree)});
+    findings->push_back(
+        {"kernel", Level::kProblem, "Linux " + release + " is too old: 6.8 is needed, for UFFDIO_MOVE", HowToGetKernel(tree)});
     return;
   }
   findings->push_back({"kernel", Level::kOk, "Linux " + release + " (6.8 is needed)", ""});
@@ -117,8 +121,10 @@ void CheckConfig(const Tree& tree, Findings* findings) {
     if (access(tree.Path(path).c_str(), R_OK) == 0) config = Unpacked(tree.Path(path));
   }
   if (config.empty()) {
-    findings->push_back({"config", Level::kWarning, "neither /boot/config-" + tree.Release() + " nor /proc/config.gz can be read: whether "
-                         "CONFIG_USERFAULTFD and CONFIG_KSM are set is not known",
+    findings->push_back({"config", Level::kWarning,
+                         "neither /boot/config-" + tree.Release() +
+                             " nor /proc/config.gz can be read: whether "
+                             "CONFIG_USERFAULTFD and CONFIG_KSM are set is not known",
                          "grep -E 'CONFIG_(KSM|USERFAULTFD)=' /boot/config-$(uname -r), outside of the container, or as root"});
     return;
   }
@@ -134,12 +140,14 @@ void CheckConfig(const Tree& tree, Findings* findings) {
                          "boot a kernel with " + missing + ", as distributions' kernels for x86-64 and arm64 have it"});
     return;
   }
-  findings->push_back({"config", Level::kOk, path + ": CONFIG_USERFAULTFD=y and what it takes; " + ksm + ", which ksmu does not need", ""});
+  findings->push_back(
+      {"config", Level::kOk, path + ": CONFIG_USERFAULTFD=y and what it takes; " + ksm + ", which ksmu does not need", ""});
 }
 
 void CheckMaps(const Tree& tree, Findings* findings) {
   const auto most = tree.ReadNumber("/proc/sys/vm/max_map_count");
-  const std::string mend = "as root: sysctl -w vm.max_map_count=" + std::to_string(kGoodMaps) + " (to keep it: a line in /etc/sysctl.d/ksmu.conf)";
+  const std::string mend =
+      "as root: sysctl -w vm.max_map_count=" + std::to_string(kGoodMaps) + " (to keep it: a line in /etc/sysctl.d/ksmu.conf)";
   if (!most) {
     findings->push_back({"maps", Level::kWarning, "/proc/sys/vm/max_map_count cannot be read", "mount -t proc proc /proc"});
     return;
@@ -163,14 +171,17 @@ void CheckKsm(const Tree& tree, Findings* findings) {
     findings->push_back({"ksm", Level::kOk, "there is no /sys/kernel/mm/ksm (CONFIG_KSM): ksmu does not need it", ""});
     return;
   }
-  const std::string state = "KSM: run " + std::to_string(*run) + ", " + Grouped(tree.ReadNumber("/sys/kernel/mm/ksm/pages_shared").value_or(0)) +
-                            " pages shared, " + Grouped(tree.ReadNumber("/sys/kernel/mm/ksm/pages_sharing").value_or(0)) + " sharing";
-  const std::string stop = "as root: echo 2 > /sys/kernel/mm/ksm/run; where a service starts it: systemctl disable --now ksm ksmtuned";
+  const std::string state = "KSM: run " + std::to_string(*run) + ", " +
+                            Grouped(tree.ReadNumber("/sys/kernel/mm/ksm/pages_shared").value_or(0)) + " pages shared, " +
+                            Grouped(tree.ReadNumber("/sys/kernel/mm/ksm/pages_sharing").value_or(0)) + " sharing";
+  const std::string stop =
+      "as root: echo 2 > /sys/kernel/mm/ksm/run; where a service starts it: systemctl disable --now ksm ksmtuned";
   if (all_of_this) {
-    findings->push_back({"ksm", *run == 1 ? Level::kProblem : Level::kWarning,
-                         state + (*run == 1 ? "; it merges" : "; as soon as it runs, it merges") +
-                             " all memory of what is started from here, the same that ksmu merges (PR_SET_MEMORY_MERGE, which is inherited)",
-                         "MemoryKSM=no in the service's unit, or do not start it under what has set PR_SET_MEMORY_MERGE"});
+    findings->push_back(
+        {"ksm", *run == 1 ? Level::kProblem : Level::kWarning,
+         state + (*run == 1 ? "; it merges" : "; as soon as it runs, it merges") +
+             " all memory of what is started from here, the same that ksmu merges (PR_SET_MEMORY_MERGE, which is inherited)",
+         "MemoryKSM=no in the service's unit, or do not start it under what has set PR_SET_MEMORY_MERGE"});
     return;
   }
   if (*run != 1) {
@@ -179,10 +190,13 @@ void CheckKsm(const Tree& tree, Findings* findings) {
   }
   const auto processes = MergedTwice(tree);
   if (!processes.empty()) {
-    findings->push_back({"ksm", Level::kProblem, state + "; it merges the same memory as ksmu, in process " + Named(processes), stop});
+    findings->push_back(
+        {"ksm", Level::kProblem, state + "; it merges the same memory as ksmu, in process " + Named(processes), stop});
   } else {
-    findings->push_back({"ksm", Level::kWarning, state + "; it merges beside ksmu, in no process with ksmu that can be seen from here: "
-                         "memory that is advised to both would be scanned twice", stop});
+    findings->push_back({"ksm", Level::kWarning,
+                         state + "; it merges beside ksmu, in no process with ksmu that can be seen from here: "
+                                 "memory that is advised to both would be scanned twice",
+                         stop});
   }
 }
 

@@ -150,7 +150,9 @@ std::vector<const char*> RefusedCalls() {
   return names;
 }
 
-bool Names(const std::vector<const char*>& names, std::string_view name) { return std::find(names.begin(), names.end(), name) != names.end(); }
+bool Names(const std::vector<const char*>& names, std::string_view name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
 
 struct Opened {
   int error;  // of opening; -EPERM where the child was ended by it
@@ -183,8 +185,10 @@ void CheckDevice(bool needed, Findings* findings) {
   struct stat about {};
   const Level level = needed ? Level::kWarning : Level::kOk;
   if (stat(kDevice, &about) != 0) {
-    findings->push_back({"device", level, std::string("there is no ") + kDevice + (needed ? "" : ": the system call serves here"),
-                         needed ? "in a container, docker run --device /dev/userfaultfd; on the machine itself, boot a kernel of 6.1 or newer" : ""});
+    findings->push_back(
+        {"device", level, std::string("there is no ") + kDevice + (needed ? "" : ": the system call serves here"),
+         needed ? "in a container, docker run --device /dev/userfaultfd; on the machine itself, boot a kernel of 6.1 or newer"
+                : ""});
   } else if (access(kDevice, R_OK | W_OK) != 0) {
     findings->push_back({"device", level, UserName() + " may not open " + kDevice + (needed ? "" : ": the system call serves here"),
                          needed ? HowToGiveDevice() : ""});
@@ -226,7 +230,8 @@ void RunTrial(TrialResult* result) {
   };
   options.log_cookie = result;
   if (ksmu_start(&options, sizeof options) != 0) return fail(ksmu_last_error());
-  auto* const memory = static_cast<unsigned char*>(mmap(nullptr, kTrialPages * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  auto* const memory =
+      static_cast<unsigned char*>(mmap(nullptr, kTrialPages * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (memory == MAP_FAILED) return fail("no memory");
   madvise(memory, kTrialPages * page, MADV_NOHUGEPAGE);
   std::memset(memory, 0x5a, kTrialPages * page);
@@ -257,8 +262,11 @@ void CheckRights(const Tree& tree, Findings* findings) {
     if (everybody && *everybody == 1) {
       findings->push_back({"rights", Level::kOk, "vm.unprivileged_userfaultfd is 1: everybody may use userfaultfd", ""});
     } else {
-      findings->push_back({"rights", Level::kWarning, everybody ? "vm.unprivileged_userfaultfd is 0: only root, CAP_SYS_PTRACE and who may open "
-                           "/dev/userfaultfd may use it" : "there is no /proc/sys/vm/unprivileged_userfaultfd", mend_all});
+      findings->push_back({"rights", Level::kWarning,
+                           everybody ? "vm.unprivileged_userfaultfd is 0: only root, CAP_SYS_PTRACE and who may open "
+                                       "/dev/userfaultfd may use it"
+                                     : "there is no /proc/sys/vm/unprivileged_userfaultfd",
+                           mend_all});
     }
     return;
   }
@@ -276,31 +284,46 @@ void CheckRights(const Tree& tree, Findings* findings) {
     }
   } else if (Names(refused, kUserfaultfd)) {
     const bool everybody_is = os::SystemCallFilters() == 0;
-    findings->push_back({"rights", Level::kProblem,
-                         everybody_is ? std::string("userfaultfd is refused to everybody (") + os::ErrorName(opened.error) + "): a kernel without CONFIG_USERFAULTFD, or a security module"
-                               : "a filter of system calls (seccomp), as containers have it, refuses userfaultfd, and /dev/userfaultfd cannot be opened",
-                         everybody_is ? "boot a kernel with CONFIG_USERFAULTFD"
-                               : "docker run --device /dev/userfaultfd, or a profile that allows userfaultfd (docker run --security-opt "
-                                 "seccomp=PROFILE); in a service's unit, SystemCallFilter=userfaultfd"});
+    findings->push_back(
+        {"rights", Level::kProblem,
+         everybody_is ? std::string("userfaultfd is refused to everybody (") + os::ErrorName(opened.error) +
+                            "): a kernel without CONFIG_USERFAULTFD, or a security module"
+                      : "a filter of system calls (seccomp), as containers have it, refuses userfaultfd, and /dev/userfaultfd "
+                        "cannot be opened",
+         everybody_is ? "boot a kernel with CONFIG_USERFAULTFD"
+                      : "docker run --device /dev/userfaultfd, or a profile that allows userfaultfd (docker run --security-opt "
+                        "seccomp=PROFILE); in a service's unit, SystemCallFilter=userfaultfd"});
   } else if (opened.error == -EPERM) {
-    findings->push_back({"rights", Level::kProblem, UserName() + " has no right to userfaultfd: no access to /dev/userfaultfd, no CAP_SYS_PTRACE, and "
-                         "vm.unprivileged_userfaultfd is 0", HowToGiveDevice() + "; or for all users, " + mend_all});
+    findings->push_back({"rights", Level::kProblem,
+                         UserName() + " has no right to userfaultfd: no access to /dev/userfaultfd, no CAP_SYS_PTRACE, and "
+                                      "vm.unprivileged_userfaultfd is 0",
+                         HowToGiveDevice() + "; or for all users, " + mend_all});
   } else {
-    findings->push_back({"rights", Level::kProblem, std::string("a userfaultfd cannot be had: ") + os::ErrorName(opened.error), Raise("-n 1024", "LimitNOFILE=1024")});
+    findings->push_back({"rights", Level::kProblem, std::string("a userfaultfd cannot be had: ") + os::ErrorName(opened.error),
+                         Raise("-n 1024", "LimitNOFILE=1024")});
   }
   CheckDevice(opened.error != 0, findings);
 
   // Who comes in by the device does not need the call.
-  if (opened.error == 0 && opened.door == os::uffd::Door::kDevice) refused.erase(std::remove(refused.begin(), refused.end(), kUserfaultfd), refused.end());
+  if (opened.error == 0 && opened.door == os::uffd::Door::kDevice)
+    refused.erase(std::remove(refused.begin(), refused.end(), kUserfaultfd), refused.end());
   const int filters = os::SystemCallFilters();
-  const std::string upon = filters > 0 ? "of the filters of system calls (seccomp) upon this process, " + std::to_string(filters) + ", " : "";
+  const std::string upon =
+      filters > 0 ? "of the filters of system calls (seccomp) upon this process, " + std::to_string(filters) + ", " : "";
   if (refused.empty()) {
-    findings->push_back({"calls", Level::kOk, filters > 0 ? upon + "none refuses what the library calls" : "no filter of system calls (seccomp) is upon this process", ""});
+    findings->push_back(
+        {"calls", Level::kOk,
+         filters > 0 ? upon + "none refuses what the library calls" : "no filter of system calls (seccomp) is upon this process",
+         ""});
     return;
   }
   const std::string names = Joined(refused);
-  findings->push_back({"calls", Level::kProblem, filters > 0 ? "a filter of system calls (seccomp) refuses " + names : "the kernel, or a security module, refuses " + names,
-                       "allow " + names + " in the container's profile (docker run --security-opt seccomp=PROFILE); in a service's unit, SystemCallFilter=" + names});
+  findings->push_back(
+      {"calls", Level::kProblem,
+       filters > 0 ? "a filter of system calls (seccomp) refuses " + names : "the kernel, or a security module, refuses " + names,
+       "allow " + names +
+           " in the container's profile (docker run --security-opt seccomp=PROFILE); in a service's unit, SystemCallFilter=" +
+           names});
 }
 
 void CheckLimits(const Tree& tree, Findings* findings) {
@@ -310,26 +333,42 @@ void CheckLimits(const Tree& tree, Findings* findings) {
   if (ReadCapabilities(tree).Has(CAP_IPC_LOCK)) {
     findings->push_back({"memlock", Level::kOk, "RLIMIT_MEMLOCK does not hold for " + UserName() + " (CAP_IPC_LOCK)", ""});
   } else if (locked < page) {
-    findings->push_back({"memlock", Level::kProblem, "RLIMIT_MEMLOCK is " + Shown(locked) + " bytes: no page can be locked, so no frame is ever given back", mend_locked});
+    findings->push_back({"memlock", Level::kProblem,
+                         "RLIMIT_MEMLOCK is " + Shown(locked) + " bytes: no page can be locked, so no frame is ever given back",
+                         mend_locked});
   } else if (locked < kForkTimes * page) {
-    findings->push_back({"memlock", Level::kWarning, "RLIMIT_MEMLOCK is " + Shown(locked) + " bytes: frames wait for forked children of other times, since fewer than " +
-                         std::to_string(kForkTimes - 1) + " are told apart", mend_locked});
+    findings->push_back({"memlock", Level::kWarning,
+                         "RLIMIT_MEMLOCK is " + Shown(locked) +
+                             " bytes: frames wait for forked children of other times, since fewer than " +
+                             std::to_string(kForkTimes - 1) + " are told apart",
+                         mend_locked});
   } else {
     findings->push_back({"memlock", Level::kOk, "RLIMIT_MEMLOCK is " + Shown(locked) + " bytes", ""});
   }
   const std::string mend_files = Raise("-n 1024", "LimitNOFILE=1024");
   if (files < kFewestFiles) {
-    findings->push_back({"nofile", Level::kProblem, "RLIMIT_NOFILE is " + Shown(files) + ": too few descriptors for the library beside the program's", mend_files});
+    findings->push_back({"nofile", Level::kProblem,
+                         "RLIMIT_NOFILE is " + Shown(files) + ": too few descriptors for the library beside the program's",
+                         mend_files});
   } else if (files < kGoodFiles) {
-    findings->push_back({"nofile", Level::kWarning, "RLIMIT_NOFILE is " + Shown(files) + ": few for a program that forks, or shares many GiB (a pool file for each 256 MiB)", mend_files});
+    findings->push_back(
+        {"nofile", Level::kWarning,
+         "RLIMIT_NOFILE is " + Shown(files) + ": few for a program that forks, or shares many GiB (a pool file for each 256 MiB)",
+         mend_files});
   } else {
     findings->push_back({"nofile", Level::kOk, "RLIMIT_NOFILE is " + Shown(files), ""});
   }
   const std::string mend_size = Raise("-f unlimited", "LimitFSIZE=infinity");
   if (size < kSmallestPool) {
-    findings->push_back({"fsize", Level::kProblem, "RLIMIT_FSIZE is " + Shown(size) + " bytes: below 2 MiB there is no pool, and nothing but zero pages is merged", mend_size});
+    findings->push_back(
+        {"fsize", Level::kProblem,
+         "RLIMIT_FSIZE is " + Shown(size) + " bytes: below 2 MiB there is no pool, and nothing but zero pages is merged",
+         mend_size});
   } else if (size < kWholePool) {
-    findings->push_back({"fsize", Level::kWarning, "RLIMIT_FSIZE is " + Shown(size) + " bytes: pool files are no larger than that, so there can be fewer frames", mend_size});
+    findings->push_back(
+        {"fsize", Level::kWarning,
+         "RLIMIT_FSIZE is " + Shown(size) + " bytes: pool files are no larger than that, so there can be fewer frames",
+         mend_size});
   } else {
     findings->push_back({"fsize", Level::kOk, "RLIMIT_FSIZE is " + Shown(size), ""});
   }
@@ -339,21 +378,27 @@ void CheckTrial(Findings* findings) {
   const auto outcome = InChild(TrialResult{}, RunTrial);
   const TrialResult& result = outcome.result;
   const std::string trial = std::to_string(kTrialPages) + " equal pages of a trial ";
-  const auto problem = [&](const std::string& cause, const std::string& mend) { findings->push_back({"trial", Level::kProblem, cause, mend}); };
+  const auto problem = [&](const std::string& cause, const std::string& mend) {
+    findings->push_back({"trial", Level::kProblem, cause, mend});
+  };
   if (outcome.end == End::kNoChild) {
-    problem("there is no process, no descriptor or no memory to be had for a trial", "ulimit -u, ulimit -n, or TasksMax= in the service's unit tell the limits");
+    problem("there is no process, no descriptor or no memory to be had for a trial",
+            "ulimit -u, ulimit -n, or TasksMax= in the service's unit tell the limits");
   } else if (outcome.end == End::kTime) {
-    problem(trial + "were not merged within " + std::to_string(kPatienceMs / 1'000) + " s", "ksmuctl exec --log stderr PROGRAM tells more");
+    problem(trial + "were not merged within " + std::to_string(kPatienceMs / 1'000) + " s",
+            "ksmuctl exec --log stderr PROGRAM tells more");
   } else if (outcome.end == End::kSignal) {
     const char* const name = sigabbrev_np(outcome.signal);
-    problem(std::string("the trial was ended by SIG") + (name ? name : "?") + (outcome.signal == SIGSYS ? ": a filter of system calls (seccomp)" : ""),
+    problem(std::string("the trial was ended by SIG") + (name ? name : "?") +
+                (outcome.signal == SIGSYS ? ": a filter of system calls (seccomp)" : ""),
             "what is said above about calls");
   } else if (result.error) {
     problem(std::string("the library says (") + os::ErrorName(result.error) + "): " + result.text, HowToMendTrial(result.error));
   } else if (result.differs) {
     problem(trial + "did not keep their bytes: do not use ksmu here", "boot another kernel");
   } else if (result.merged < static_cast<std::int64_t>(kTrialPages)) {
-    problem(std::to_string(result.merged) + " of " + trial + "were merged" + (*result.text ? std::string(": ") + result.text : std::string()),
+    problem(std::to_string(result.merged) + " of " + trial + "were merged" +
+                (*result.text ? std::string(": ") + result.text : std::string()),
             "what is said above about limits and calls");
   } else {
     findings->push_back({"trial", Level::kOk, trial + "were merged, and one of them was written again", ""});

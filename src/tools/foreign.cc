@@ -153,7 +153,8 @@ std::string Foreign::WhyNoMemory() const { return Process(pid_) + " has no memor
 std::string Foreign::WhyNot(int error) const {
   if (error == -ENOENT || error == -ESRCH) return "there is no " + Process(pid_);
   if (error == -EACCES || error == -EPERM) {
-    return Process(pid_) + " may not be looked at: run ksmuctl as its user (who may need kernel.yama.ptrace_scope=0) or as root (CAP_SYS_PTRACE)";
+    return Process(pid_) +
+           " may not be looked at: run ksmuctl as its user (who may need kernel.yama.ptrace_scope=0) or as root (CAP_SYS_PTRACE)";
   }
   return Process(pid_) + " cannot be looked at: " + std::strerror(-error);
 }

@@ -21,20 +21,24 @@ namespace {
 
 constexpr const char* kUsage =
     "usage: ksmuctl map PID -o FILE.svg\n"
-    "Draws what the memory of a process consists of, by address: frames that ksmu shares, zero pages, private pages, huge pages,\n"
-    "files' pages, swapped pages; what is not there is left out. The numbers are printed, too. Nothing of the process is touched.\n"
+    "Draws what the memory of a process consists of, by address: frames that ksmu shares, zero pages, private pages, huge "
+    "pages,\n"
+    "files' pages, swapped pages; what is not there is left out. The numbers are printed, too. Nothing of the process is "
+    "touched.\n"
     "\n"
     "  -o FILE     the picture\n"
     "  --help      this text\n"
     "\n"
-    "exit status: 0; 1 the process is not there, may not be looked at, or has ended meanwhile, or the file cannot be written; 2 usage.\n";
+    "exit status: 0; 1 the process is not there, may not be looked at, or has ended meanwhile, or the file cannot be written; 2 "
+    "usage.\n";
 
 enum Class : std::uint8_t { kShared, kZero, kPrivate, kHugePage, kFilePage, kSwappedOut, kClasses };
 constexpr struct {
   const char *id, *label, *colour;
 } kLooks[kClasses] = {
-    {"shared", "frames that ksmu shares", "#1f9e5a"}, {"zero", "the kernel's zero page", "#8ec7ee"}, {"private", "private pages", "#e8853a"},
-    {"huge", "private, in huge pages", "#8a5aa8"},    {"file", "files and shared memory", "#b4b4b4"}, {"swapped", "swapped", "#cf3f4f"},
+    {"shared", "frames that ksmu shares", "#1f9e5a"}, {"zero", "the kernel's zero page", "#8ec7ee"},
+    {"private", "private pages", "#e8853a"},          {"huge", "private, in huge pages", "#8a5aa8"},
+    {"file", "files and shared memory", "#b4b4b4"},   {"swapped", "swapped", "#cf3f4f"},
 };
 constexpr const char *kAbsentId = "absent", *kAbsentLabel = "absent (mapped, and nothing is there)", *kAbsentColour = "#f2f2f2";
 
@@ -153,16 +157,19 @@ class Map {
     const std::size_t rows = (cells_.all().size() + kCellsARow - 1) / kCellsARow;
     const int legend = kTop + static_cast<int>(rows) * kRowHeight + 24;
     const int width = kLeft + static_cast<int>(kCellsARow) * kCellWidth + 12, height = legend + (kClasses + 1) * kLegendRow + 8;
-    std::string svg = "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"" + std::to_string(width) +
-                      "\" height=\"" + std::to_string(height) + "\" viewBox=\"0 0 " + std::to_string(width) + " " + std::to_string(height) + "\">\n<style>\n" +
-                      "text { font: 12px monospace; fill: #222 }\n.gap { stroke: #222; stroke-width: 2 }\n." + kAbsentId + " { fill: " + kAbsentColour + " }\n";
+    std::string svg = "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"" +
+                      std::to_string(width) + "\" height=\"" + std::to_string(height) + "\" viewBox=\"0 0 " +
+                      std::to_string(width) + " " + std::to_string(height) + "\">\n<style>\n" +
+                      "text { font: 12px monospace; fill: #222 }\n.gap { stroke: #222; stroke-width: 2 }\n." + kAbsentId +
+                      " { fill: " + kAbsentColour + " }\n";
     for (const auto& look : kLooks) svg += std::string(".") + look.id + " { fill: " + look.colour + " }\n";
     svg += "</style>\n<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n";
     svg += Text(12, 18, Title());
     svg += Text(12, 34, "a cell: " + Grouped(cells_.cell_pages()) + " pages (" + Grouped(cells_.cell_pages() * page_ / 1024) +
                             " KiB); a black line: addresses are left out, since nothing is there");
     for (std::size_t i = 0; i < cells_.all().size(); ++i) DrawCell(i, &svg);
-    for (int c = 0; c < kClasses; ++c) svg += LegendRow(legend + c * kLegendRow, kLooks[c].id, kLooks[c].label, totals_[static_cast<std::size_t>(c)]);
+    for (int c = 0; c < kClasses; ++c)
+      svg += LegendRow(legend + c * kLegendRow, kLooks[c].id, kLooks[c].label, totals_[static_cast<std::size_t>(c)]);
     svg += LegendRow(legend + kClasses * kLegendRow, kAbsentId, kAbsentLabel, absent_);
     return svg + "</svg>\n";
   }
@@ -181,24 +188,28 @@ class Map {
     return "<text x=\"" + std::to_string(x) + "\" y=\"" + std::to_string(y) + "\">" + XmlText(text) + "</text>\n";
   }
   static std::string Box(int x, int y, int width, int height, const char* id) {
-    return std::string("<path class=\"") + id + "\" d=\"M" + std::to_string(x) + " " + std::to_string(y) + "h" + std::to_string(width) + "v" +
-           std::to_string(height) + "h-" + std::to_string(width) + "z\"/>";
+    return std::string("<path class=\"") + id + "\" d=\"M" + std::to_string(x) + " " + std::to_string(y) + "h" +
+           std::to_string(width) + "v" + std::to_string(height) + "h-" + std::to_string(width) + "z\"/>";
   }
   std::string LegendRow(int y, const char* id, const char* label, std::uint64_t pages) const {
     return std::string("<g id=\"legend-") + id + "\">" + Box(kLeft, y, kCellWidth, kCellHeight, id) +
-           Text(kLeft + 20, y + 11, std::string(label) + ": " + Grouped(pages) + " pages, " + MiB(pages * page_) + " MiB") + "</g>\n";
+           Text(kLeft + 20, y + 11, std::string(label) + ": " + Grouped(pages) + " pages, " + MiB(pages * page_) + " MiB") +
+           "</g>\n";
   }
   std::string Title() const {
-    return "process " + std::to_string(pid_) + (name_.empty() ? "" : " (" + Plain(name_) + ")") + ": " + Grouped(mappings_.size()) + " mappings";
+    return "process " + std::to_string(pid_) + (name_.empty() ? "" : " (" + Plain(name_) + ")") + ": " +
+           Grouped(mappings_.size()) + " mappings";
   }
 
   // What is in it, side by side by its share; but whatever is in it at all can be seen.
   void DrawCell(std::size_t number, std::string* svg) const {
     const Cell& cell = cells_.all()[number];
-    const int x = kLeft + static_cast<int>(number % kCellsARow) * kCellWidth, y = kTop + static_cast<int>(number / kCellsARow) * kRowHeight;
+    const int x = kLeft + static_cast<int>(number % kCellsARow) * kCellWidth,
+              y = kTop + static_cast<int>(number / kCellsARow) * kRowHeight;
     const os::Address start = cell.index * cells_.cell_pages() * page_;
     if (number % kCellsARow == 0) *svg += Text(12, y + 11, Hex(start));
-    std::string title = Hex(start) + "-" + Hex(start + cells_.cell_pages() * page_) + " " + Plain(mappings_[cell.mapping].name) + ":";
+    std::string title =
+        Hex(start) + "-" + Hex(start + cells_.cell_pages() * page_) + " " + Plain(mappings_[cell.mapping].name) + ":";
     *svg += "<g>" + Box(x, y, kCellWidth, kCellHeight, kAbsentId);
     int left = kCellWidth, kinds = 0;
     for (int c = 0; c < kClasses; ++c) kinds += cell.pages[c] != 0;
@@ -212,7 +223,8 @@ class Map {
       title += " " + std::string(kLooks[c].id) + " " + std::to_string(cell.pages[c]);
     }
     if (number && cells_.all()[number - 1].index + 1 != cell.index) {
-      *svg += "<path class=\"gap\" d=\"M" + std::to_string(x) + " " + std::to_string(y) + "v" + std::to_string(kCellHeight) + "\"/>";
+      *svg +=
+          "<path class=\"gap\" d=\"M" + std::to_string(x) + " " + std::to_string(y) + "v" + std::to_string(kCellHeight) + "\"/>";
     }
     *svg += "<title>" + XmlText(title) + "</title></g>\n";
   }

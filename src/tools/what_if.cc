@@ -56,7 +56,8 @@ static_assert(sizeof(Record) == 16 && kMostProcesses == 1u << Record::kProcessBi
 class Records {
  public:
   explicit Records(std::uint64_t most) : most_(most) {
-    void* const memory = mmap(nullptr, most * sizeof(Record), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* const memory =
+        mmap(nullptr, most * sizeof(Record), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory != MAP_FAILED) data_ = static_cast<Record*>(memory);
   }
   Records(const Records&) = delete;
@@ -130,7 +131,8 @@ class WhatIf {
   // What the library refuses to have advised: libc's heap, the stack, what is no plain memory.
   static bool IsMergeable(const ForeignMapping& one) {
     const os::Mapping& mapping = one.mapping;
-    return !mapping.shared && mapping.writable && (one.frames || (mapping.anonymous && !mapping.special && !mapping.heap && !mapping.stack));
+    return !mapping.shared && mapping.writable &&
+           (one.frames || (mapping.anonymous && !mapping.special && !mapping.heap && !mapping.stack));
   }
 
   bool FirstLook(std::size_t number, std::string* why) {
@@ -221,7 +223,9 @@ class WhatIf {
     Record* kept = records_.begin();
     for (Record* first = records_.begin(); first < records_.end();) {
       std::size_t pages = 1;
-      while (pages < kBatch && first + pages < records_.end() && first[pages].where == first->where + (pages << Record::kProcessBits)) ++pages;
+      while (pages < kBatch && first + pages < records_.end() &&
+             first[pages].where == first->where + (pages << Record::kProcessBits))
+        ++pages;
       const auto take = [&](std::size_t i, std::uint64_t, const void* bytes) {
         const Record record = first[i];
         if (bytes && content::Hash(bytes, page_, 0) == record.hash) *kept++ = record;
@@ -244,7 +248,8 @@ class WhatIf {
       close(own);
     }
     const auto frame = static_cast<off_t>(entry & os::uapi::kPagemapFrame);
-    knows_ksm_ = frame && flags_ >= 0 && pread(flags_, &flags, sizeof flags, frame * static_cast<off_t>(sizeof flags)) == sizeof flags;
+    knows_ksm_ =
+        frame && flags_ >= 0 && pread(flags_, &flags, sizeof flags, frame * static_cast<off_t>(sizeof flags)) == sizeof flags;
 
     std::memset(buffer_.data(), 0, page_);
     const std::uint64_t zero = content::Hash(buffer_.data(), page_, 0);
@@ -254,7 +259,8 @@ class WhatIf {
     for (const Record* first = records_.begin(); first < records_.end();) {
       const Record* end = first;
       std::uint64_t processes = 0;
-      for (; end < records_.end() && end->hash == first->hash; ++end) processes += end == first || end->process() != end[-1].process();
+      for (; end < records_.end() && end->hash == first->hash; ++end)
+        processes += end == first || end->process() != end[-1].process();
       const auto pages = static_cast<std::uint64_t>(end - first);
       if (first->hash == zero) {
         counts_.zero += pages;
@@ -304,10 +310,13 @@ void Print(const Options& options, const WhatIf& what_if) {
   line("  changing", counts.changing, ("changed, or gone, within " + std::to_string(options.seconds) + " s").c_str());
   const std::string ksm = what_if.knows_ksm() ? Grouped(counts.ksm) + " by KSM" : "by KSM or a fork: which of both, root is told";
   line("  shared already", counts.shared, ksm.c_str());
-  line("would be saved", counts.saved(), counts.looked_at ? (std::to_string(counts.saved() * 100 / counts.looked_at) + " %").c_str() : "");
+  line("would be saved", counts.saved(),
+       counts.looked_at ? (std::to_string(counts.saved() * 100 / counts.looked_at) + " %").c_str() : "");
   line("in huge pages", counts.huge, "of those looked at: they are split for it");
-  std::printf("not looked at: %s pages that ksmu shares, %s of the kernel's zero page, %s swapped, %s of libc's heap and the stack\n",
-              Grouped(counts.frames).c_str(), Grouped(counts.kernel_zero).c_str(), Grouped(counts.swapped).c_str(), Grouped(counts.heap_and_stack).c_str());
+  std::printf(
+      "not looked at: %s pages that ksmu shares, %s of the kernel's zero page, %s swapped, %s of libc's heap and the stack\n",
+      Grouped(counts.frames).c_str(), Grouped(counts.kernel_zero).c_str(), Grouped(counts.swapped).c_str(),
+      Grouped(counts.heap_and_stack).c_str());
   if (!what_if.complete()) std::printf("the rest neither: --max-pages %s is reached\n", std::to_string(options.most_pages).c_str());
 }
 
@@ -352,7 +361,8 @@ int RunWhatIf(int argc, char** argv) {
       int pid;
       std::string why;
       if (!ParsePid(argv[i], &pid, &why)) return Usage(why);
-      if (std::find(options.pids.begin(), options.pids.end(), pid) != options.pids.end()) return Usage(argument + " is named twice");
+      if (std::find(options.pids.begin(), options.pids.end(), pid) != options.pids.end())
+        return Usage(argument + " is named twice");
       options.pids.push_back(pid);
     }
   }
