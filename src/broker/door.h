@@ -20,6 +20,9 @@ class BrokerDoor final : public frames::Door {
   // Null, or what is wrong with them.
   const char* Choose(const char* broker, const char* domain, const char* runtime_directory);
   bool has_choice() const { return paths_[0][0] != 0; }
+  // The sockets that are tried, in this order; "" where there is none. Of those that were not asked for, nobody is missed.
+  const char* path(std::size_t i) const { return paths_[i]; }
+  bool asked_for() const { return asked_for_; }
   bool SameAs(const BrokerDoor& other) const;
 
   frames::Source* Enter(std::size_t page_bytes, const char** why, bool* soon) override;
