@@ -56,7 +56,8 @@ def status():
 
 
 def shared(pattern):
-    found = re.findall(r"domain " + pattern + r": members (\d+), frames (\d+), .* merged (\d+) MiB", status())
+    said = status().rsplit("listens on what it was handed", 1)[-1]  # what the last broker says
+    found = re.findall(r"domain " + pattern + r": members (\d+), frames (\d+), .* merged (\d+) MiB", said)
     return found and int(found[-1][0]) == 2 and int(found[-1][1]) > 0 and int(found[-1][2]) >= 15
 
 
@@ -102,7 +103,9 @@ def service():
     with open("/etc/default/ksmud", "w") as f:
         f.write('KSMUD_OPTIONS="--nonsense"\n')
     run("systemctl", "restart", "ksmud")
-    check("usage is not tried again", until(lambda: state("ksmud.service") == "failed") and show("NRestarts") in ("0", "1"), show("NRestarts"))
+    time.sleep(3)
+    said = run("journalctl", "-u", "ksmud", "-b", "-o", "cat", "--no-pager")
+    check("usage is not tried again", state("ksmud.service") == "failed" and said.count("unknown option --nonsense") == 1, said[-600:])
     with open("/etc/default/ksmud", "w") as f:
         f.write('KSMUD_OPTIONS="--log info --max-frames 100000"\n')
     run("systemctl", "reset-failed", "ksmud", "ksmud.socket")
@@ -110,15 +113,32 @@ def service():
     check("options", "--max-frames" in open(f"/proc/{show('MainPID')}/cmdline").read())
 
 
+def accounts():
+    run("useradd", "--system", "--groups", "ksmu", "alice", may_fail=False)
+    run("groupadd", "--system", "ksmu-web", may_fail=False)
+    run("useradd", "--system", "--groups", "ksmu,ksmu-web", "bob", may_fail=False)
+    # As the rule for udev has it, which does not run here.
+    if not os.path.exists("/dev/userfaultfd"):
+        return
+    run("chgrp", "ksmu", "/dev/userfaultfd", may_fail=False)
+    run("chmod", "660", "/dev/userfaultfd", may_fail=False)
+
+
 def nodes():
+    """With nodes kept apart the broker makes calls that it makes nowhere else: the filter of the service has to permit them."""
     with open("/etc/default/ksmud", "w") as f:
         f.write('KSMUD_OPTIONS="--merge-across-nodes 0 --log info"\n')
     run("systemctl", "restart", "ksmud")
     said = run("journalctl", "-u", "ksmud", "-b", "-o", "cat", "--no-pager", "-n", "5")
-    if "knows no NUMA nodes" in said and not os.path.isdir("/sys/devices/system/node"):
-        print("NUMA: this kernel knows no nodes")
+    if "knows no NUMA nodes" in said or "without libnuma" in said:
+        global skipped
+        skipped += 1
+        print("skipped 1: nodes kept apart: this kernel knows no NUMA nodes, or ksmud was built without libnuma")
     else:
-        check("nodes kept apart under the filter", state("ksmud.service") == "active", said)
+        both = members("alice")
+        check("nodes kept apart, two programs share", until(lambda: shared(r"default/\d+"), 60), status())
+        ends = end(both)
+        check("their bytes are right there", right(ends), ends)
     with open("/etc/default/ksmud", "w") as f:
         f.write('KSMUD_OPTIONS="--log info"\n')
     run("systemctl", "reset-failed", "ksmud", "ksmud.socket")
@@ -126,12 +146,6 @@ def nodes():
 
 
 def sharing():
-    run("useradd", "--system", "--groups", "ksmu", "alice", may_fail=False)
-    run("groupadd", "--system", "ksmu-web", may_fail=False)
-    run("useradd", "--system", "--groups", "ksmu,ksmu-web", "bob", may_fail=False)
-    # As the rule for udev has it, which does not run here.
-    run("chgrp", "ksmu", "/dev/userfaultfd", may_fail=False)
-    run("chmod", "660", "/dev/userfaultfd", may_fail=False)
     both = members("alice")
     alone = until(lambda: shared(r"default/\d+"), 60)
     check("two programs of a user's share their pages", alone, status())
@@ -178,15 +192,15 @@ def removal():
 said = run("dpkg", "-i", *PACKAGES)
 check("installs without a word of warning", not re.search(r"warning|error|fail", said, re.I), said)
 service()
-nodes()
-usable = run("python3", "-c", "import mmap,os; os.open('/dev/userfaultfd', os.O_RDWR)")
 skipped = 0
+usable = not run("python3", "-c", "import os; os.open('/dev/userfaultfd', os.O_RDWR)")
+accounts()
 if usable:
+    nodes()
+    sharing()
+else:
     skipped = 1
     print("skipped 1: /dev/userfaultfd cannot be opened here")
-    open("/run/alice-bob", "w").close()
-else:
-    sharing()
 exposure()
 removal()
 print(f"{len(passed)} passed, {len(failed)} failed, {skipped} skipped")

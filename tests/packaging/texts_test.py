@@ -16,6 +16,7 @@ BUILD, KSMUD, KSMUCTL = sys.argv[1:4]
 SYSTEMD = SOURCE + "/packaging/systemd"
 # Of 100: what systemd calls "OK" begins at 50. What the service has is named in ksmud.service, with the reason.
 MOST_EXPOSED = 10
+PROGRAMS = {"ksmud": KSMUD, "ksmuctl": KSMUCTL}
 COMPLETION = "/usr/share/bash-completion/bash_completion"
 passed, failed, skipped = [], [], []
 
@@ -113,7 +114,7 @@ def completed(program, *words):
     script = f"""source {COMPLETION}; source {SOURCE}/packaging/completion/{program}
 COMP_WORDS=({' '.join(repr(w) for w in (program, *words))}); COMP_CWORD={len(words)}
 COMP_LINE="${{COMP_WORDS[*]}}"; COMP_POINT=${{#COMP_LINE}}; compopt() {{ :; }}
-_{program} {program} "${{COMP_WORDS[-1]}}" "${{COMP_WORDS[-2]}}"; printf '%s\\n' "${{COMPREPLY[@]}}" """
+_{program} {PROGRAMS[program]} "${{COMP_WORDS[-1]}}" "${{COMP_WORDS[-2]}}"; printf '%s\\n' "${{COMPREPLY[@]}}" """
     return set(run("bash", "--norc", "-c", script)[1].split())
 
 
@@ -130,7 +131,11 @@ def completion():
     check("a tunable's name", completed("ksmuctl", "exec", "--set", "remerge_q") == {"remerge_quick_seconds="})
     check("the program's arguments are the program's", "--stats" not in completed("ksmuctl", "exec", "--", "ls", "--"))
     check("processes", str(os.getpid()) in completed("ksmuctl", "explain", str(os.getpid())))
-    check("options of the others", completed("ksmuctl", "status", "--") == {"--json", "--socket", "--domain", "--help"}, completed("ksmuctl", "status", "--"))
+    check("names of tunables", "pages_to_scan" in completed("ksmuctl", "set", "pages"), completed("ksmuctl", "set", "pages"))
+    for command in sorted(there - {"exec"}):
+        offered = completed("ksmuctl", command, "--")
+        check(f"options of {command}", offered and offered <= set(options(KSMUCTL, command)), offered)
+    check("options of what does not say any", completed("ksmuctl", "nonsense", "--") == {"--json", "--socket", "--domain", "--help"})
 
 
 units()
