@@ -96,7 +96,8 @@ def service():
     check("on the same socket", knock(DEFAULT) == 0)
 
     run("systemctl", "stop", "ksmud")
-    check("stop", state("ksmud.service") == "inactive" and state("ksmud.socket") == "inactive" and not os.path.exists(DEFAULT), run("systemctl", "status", "ksmud.socket"))
+    check("stop", state("ksmud.service") == "inactive" and state("ksmud.socket") == "inactive" and not os.path.exists(DEFAULT),
+          run("systemctl", "status", "ksmud.socket"))
     run("systemctl", "start", "ksmud")
     check("start", state("ksmud.service") == "active" and knock(DEFAULT) == 0, run("systemctl", "status", "ksmud"))
 
@@ -181,13 +182,16 @@ def removal():
           run("systemctl", "list-units", "--all", "ksmud*"))
     run("dpkg", "-i", *PACKAGES)
     check("installed again it is as before", state("ksmud.socket") == "active" and "--log info" in open("/etc/default/ksmud").read())
+    run("systemctl", "start", "ksmud")
+    pid = show("MainPID")
     said = run("dpkg", "-i", "--force-confold", *PACKAGES)
-    check("an upgrade keeps it running", state("ksmud.socket") == "active", said)
+    check("an upgrade replaces the broker that runs", state("ksmud.service") == "active" and show("MainPID") != pid and knock(DEFAULT) == 0, said)
     said = run("dpkg", "-P", "ksmu", "libksmu-dev", "libksmu0")
     left = [p for p in (DEFAULT, "/run/ksmu", "/run/ksmud", "/etc/ksmu", "/etc/default/ksmud") if os.path.exists(p)]
     left += glob.glob("/etc/systemd/system/*/ksmud*") + glob.glob("/etc/systemd/system/ksmud*")
     check("nothing is left", not left and "No such" not in said, f"{left}\n{said}")
-    check("no account is left but one in use", not run("getent", "passwd", "ksmud") and run("getent", "group", "ksmu").endswith(":alice,bob"), run("getent", "group", "ksmu"))
+    check("no account is left but one in use", not run("getent", "passwd", "ksmud") and run("getent", "group", "ksmu").endswith(":alice,bob"),
+          run("getent", "group", "ksmu"))
 
 
 said = run("dpkg", "-i", *PACKAGES)
