@@ -2,26 +2,30 @@ if(NOT TARGET ksmu)
   return()
 endif()
 include(CMakePackageConfigHelpers)
+# What names no component.
+set(CMAKE_INSTALL_DEFAULT_COMPONENT_NAME ksmu)
 
-install(DIRECTORY include/ksmu DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h" PATTERN "*.hpp")
+# Components are the Debian packages (packaging/debian); a plain install takes them all.
+install(DIRECTORY include/ksmu DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT libksmu-dev FILES_MATCHING PATTERN "*.h" PATTERN "*.hpp")
 install(TARGETS ksmu EXPORT ksmuTargets
-  LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+  LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT libksmu0 NAMELINK_COMPONENT libksmu-dev
+  INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 # Apart, because only who links the archive needs liburing's development files.
 install(TARGETS ksmu_static EXPORT ksmuStaticTargets
-  ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+  ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT libksmu-dev INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 if(TARGET ksmu_preload)
-  install(TARGETS ksmu_preload LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
-  install(TARGETS ksmuctl ksmud RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+  install(TARGETS ksmu_preload LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT libksmu0)
+  install(TARGETS ksmuctl ksmud RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT ksmu)
 endif()
 
 set(ksmu_cmake_dir "${CMAKE_INSTALL_LIBDIR}/cmake/ksmu")
-install(EXPORT ksmuTargets NAMESPACE ksmu:: DESTINATION "${ksmu_cmake_dir}")
-install(EXPORT ksmuStaticTargets NAMESPACE ksmu:: DESTINATION "${ksmu_cmake_dir}")
+install(EXPORT ksmuTargets NAMESPACE ksmu:: DESTINATION "${ksmu_cmake_dir}" COMPONENT libksmu-dev)
+install(EXPORT ksmuStaticTargets NAMESPACE ksmu:: DESTINATION "${ksmu_cmake_dir}" COMPONENT libksmu-dev)
 configure_package_config_file(cmake/ksmuConfig.cmake.in "${CMAKE_CURRENT_BINARY_DIR}/ksmuConfig.cmake"
   INSTALL_DESTINATION "${ksmu_cmake_dir}")
 write_basic_package_version_file("${CMAKE_CURRENT_BINARY_DIR}/ksmuConfigVersion.cmake" COMPATIBILITY SameMinorVersion)
 install(FILES "${CMAKE_CURRENT_BINARY_DIR}/ksmuConfig.cmake" "${CMAKE_CURRENT_BINARY_DIR}/ksmuConfigVersion.cmake"
-  DESTINATION "${ksmu_cmake_dir}")
+  DESTINATION "${ksmu_cmake_dir}" COMPONENT libksmu-dev)
 
 # The prefix is found from where ksmu.pc lies, so that an installed tree can be moved; an absolute directory cannot.
 if(IS_ABSOLUTE "${CMAKE_INSTALL_LIBDIR}" OR IS_ABSOLUTE "${CMAKE_INSTALL_INCLUDEDIR}")
@@ -36,7 +40,8 @@ else()
   set(KSMU_PC_INCLUDEDIR "\${prefix}/${CMAKE_INSTALL_INCLUDEDIR}")
 endif()
 configure_file(cmake/ksmu.pc.in "${CMAKE_CURRENT_BINARY_DIR}/ksmu.pc" @ONLY)
-install(FILES "${CMAKE_CURRENT_BINARY_DIR}/ksmu.pc" DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig")
-install(FILES LICENSE README.md CHANGELOG.md DESTINATION "${CMAKE_INSTALL_DOCDIR}")
+install(FILES "${CMAKE_CURRENT_BINARY_DIR}/ksmu.pc" DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig" COMPONENT libksmu-dev)
+install(FILES LICENSE README.md CHANGELOG.md DESTINATION "${CMAKE_INSTALL_DOCDIR}" COMPONENT ksmu)
 # Where the header and the README name them: docs/ beside the README.
-install(DIRECTORY docs DESTINATION "${CMAKE_INSTALL_DOCDIR}" FILES_MATCHING PATTERN "*.md")
+install(DIRECTORY docs DESTINATION "${CMAKE_INSTALL_DOCDIR}" COMPONENT ksmu FILES_MATCHING PATTERN "*.md" PATTERN man EXCLUDE)
+install(FILES docs/man/libksmu.3 docs/man/ksmu_advise.3 DESTINATION "${CMAKE_INSTALL_MANDIR}/man3" COMPONENT libksmu-dev)

@@ -178,7 +178,8 @@ def run(kind, given, kernel, initrd):
                 before += ["--"]
                 variables = {"KSMU_BROKER": broker.socket}
             for number in range(given.guests):
-                fleet.append(guest.Guest(work, f"guest{number}", kernel, initrd, given.memory, before=before, **variables))
+                fleet.append(guest.Guest(work, f"guest{number}", kernel, initrd, given.memory, before=before,
+                                         **variables, KSMU_STATS=os.path.join(work, f"guest{number}.stats.%p:10")))
             for machine in fleet:
                 machine.boot()
             ready = time.time()
@@ -259,4 +260,5 @@ def main():
     return 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -301,6 +301,17 @@ TEST_F(KsmudStart, SocketsThatAreHandedOver) {
     EXPECT_EQ(broker.Stop(), 0);
   }
   EXPECT_TRUE(Exists(directory_ / "a"));  // the manager's
+  {
+    // As is the directory, where it has made another one for us.
+    unlink((directory_ / "seed").c_str());
+    mkdir((directory_ / "own").c_str(), 0700);
+    Broker::Setup setup = hand_over(first.get(), second.get(), "ksmud.socket:web");
+    setup.environment = {"RUNTIME_DIRECTORY=" + std::string(directory_ / "own")};
+    Broker broker(setup);
+    ASSERT_TRUE(broker.Ready()) << broker.said();
+    EXPECT_TRUE(Exists(directory_ / "own/seed"));
+    EXPECT_FALSE(Exists(directory_ / "seed"));
+  }
   ExpectEnd(hand_over(first.get(), stream.get(), ""), kFailed, "descriptor 4 of LISTEN_FDS is no listening SOCK_SEQPACKET Unix socket");
   ExpectEnd(hand_over(first.get(), 0, ""), kFailed, "descriptor 4 of LISTEN_FDS");
   ExpectEnd(hand_over(first.get(), second.get(), "x/y:"), kFailed, "is no domain's");

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <fstream>
 #include <memory>
 #include <random>
 
@@ -14,6 +15,15 @@ namespace ksmu::test {
 namespace {
 
 using Kind = Child::Kind;
+
+// A line of a process's status, in KiB.
+std::int64_t StatusKib(pid_t pid, const std::string& name) {
+  std::ifstream status("/proc/" + std::to_string(pid) + "/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.compare(0, name.size(), name) == 0) return std::stoll(line.substr(name.size()));
+  }
+  return -1;
+}
 
 // A page's content by its place, the same in every process.
 std::uint64_t Common(std::size_t i) { return 1000 + i; }
@@ -158,6 +168,60 @@ KSMU_ISOLATED_TEST(Domain, LtpPhases, 300) {
   EXPECT_EQ(board->Sum(&Board::Entry::merged), 0) << "run 2";
   for (auto& member : members) member->child.Join();
   broker.WaitForFrames(0, 5);
+}
+
+// Many processes, each of which has half of its pages in common with the next one: every content is in two of them. Long form: 64
+// processes, 8 GiB, a million frames.
+KSMU_ISOLATED_TEST(Domain, ManyProcesses, 900) {
+  const bool all = std::getenv("KSMU_TEST_LONG");
+  const int processes = all ? 64 : 16;
+  const std::size_t pages = (all ? std::size_t{128} << 20 : std::size_t{4} << 20) / PageSize();
+  const auto frames = static_cast<std::int64_t>(static_cast<std::size_t>(processes) * pages / 2);
+  Broker broker;
+  Board* const board = Board::Make();
+  std::vector<std::unique_ptr<Member>> members;
+  const double begun = Now();
+  for (int number = 0; number < processes; ++number) {
+    members.push_back(std::make_unique<Member>(broker, &board->members[number], [=](Child& self, const std::function<void()>& post) {
+      ksmu_set("smart_scan", 1);  // else 64 scanners read all of their memory in every pass
+      Memory memory(pages);
+      const auto seed = [=](std::size_t i) {
+        return 1 + (static_cast<std::size_t>(number) * pages / 2 + i) % (static_cast<std::size_t>(processes) * pages / 2);
+      };
+      FillPages(memory, seed);
+      if (ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE) != 0) self.Report("advise: %s\n", ksmu_last_error());
+      while (!board->end) {
+        post();
+        SleepSeconds(0.2);
+      }
+      Check(self, memory, seed, "at the end");
+      self.Signal(1);
+    }));
+  }
+  EXPECT_TRUE(WaitUntil([&] { return board->Sum(&Board::Entry::merged) == 2 * frames; }, 600, 0.2))
+      << board->Sum(&Board::Entry::merged) << " of " << 2 * frames << " merged";
+  const Broker::State state = broker.Ask();
+  EXPECT_EQ(state.members, processes);
+  EXPECT_EQ(state.frames, frames);
+  const std::int64_t anonymous = StatusKib(broker.pid(), "RssAnon:");
+  std::printf("[          ] %lld frames in %.1f s; ksmud: %lld KiB of its own, %.1f bytes a frame\n", static_cast<long long>(frames), Now() - begun,
+              static_cast<long long>(anonymous), static_cast<double>(anonymous) * 1024 / static_cast<double>(frames));
+  // One dies. What it had, its neighbours have, too.
+  kill(members[1]->child.pid(), SIGKILL);
+  const double killed = Now();
+  EXPECT_TRUE(WaitUntil([&] { return broker.Ask().members == processes - 1; }, 20, 0.01));
+  std::printf("[          ] one of %zu frames dead and forgotten after %.3f s\n", pages, Now() - killed);
+  EXPECT_EQ(broker.Ask().frames, frames);
+  waitpid(members[1]->child.pid(), nullptr, 0);
+  members[1]->child.Forget();
+  board->end = true;
+  for (int number = 0; number < processes; ++number) {
+    if (number == 1) continue;
+    EXPECT_TRUE(members[static_cast<std::size_t>(number)]->child.Await(1, 120));
+    members[static_cast<std::size_t>(number)]->child.Join();
+  }
+  EXPECT_TRUE(broker.WaitForFrames(0, 20));
+  EXPECT_EQ(broker.log().find("dropped"), std::string::npos) << broker.log();
 }
 
 // Whoever is killed loses what it held, but not before its children, which map it still, have gone as well.

@@ -120,6 +120,20 @@ KSMU_ISOLATED_TEST(Huge, ZerosCountAsWorthIt, 60) {
   ASSERT_TRUE(memory.Has(seed));
 }
 
+// Contents are sampled, and one that fills a segment is but one of them: it is counted by itself.
+KSMU_ISOLATED_TEST(Huge, WhatOneContentFillsIsSplit, 60) {
+  HugeMemory memory;
+  SKIP_WITHOUT_HUGE_PAGES(memory);
+  // Each of 16 contents in a half of a segment, so that whichever are sampled others are not.
+  const auto seed = [](std::size_t i) { return i % 2 == 0 ? 7 + i / 512 + 8 * (i % 4 / 2) : Unique(i); };
+  memory.Fill(seed);
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  Set("run", 0);
+  EXPECT_EQ(ksmu_merge(memory.data(), memory.bytes()), static_cast<std::int64_t>(memory.pages() / 2));
+  EXPECT_EQ(memory.HugeSegments(), 0u);
+  ASSERT_TRUE(memory.Has(seed));
+}
+
 KSMU_ISOLATED_TEST(Huge, WithoutSamplingAllAreSplit, 60) {
   HugeMemory memory;
   SKIP_WITHOUT_HUGE_PAGES(memory);
@@ -209,6 +223,39 @@ KSMU_ISOLATED_TEST(Huge, SampledMemoryCanGoAway, 60) {
   EXPECT_LE(Get("unmerged_huge"), static_cast<std::int64_t>(memory.pages() - 512));
   EXPECT_TRUE(Balanced(ReadStats()));
   for (std::size_t i = 512; i < memory.pages(); ++i) ASSERT_TRUE(PageIs(memory.page(i), Unique(i))) << "page " << i;
+}
+
+// Pages that are zero, filled, and zero again save nothing: passes that find only such ones come seldom. Those that find
+// something come fast again.
+KSMU_ISOLATED_TEST(Pacing, PassesComeAsTheyPay, 90) {
+  constexpr std::size_t kPages = 16'384, kStride = 128;
+  Memory memory(kPages);
+  const auto seed = [](std::size_t i) { return i % kStride == 0 ? 0 : Unique(i); };
+  FillPages(memory, seed);
+  ASSERT_EQ(madvise(memory.data(), memory.bytes(), MADV_NOHUGEPAGE), 0);
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  ASSERT_TRUE(WaitUntil([] { return Get("ksm_zero_pages") >= 100; }, 20)) << Text(ReadStats());
+  std::atomic<bool> stop = false;
+  std::thread writer([&] {
+    for (unsigned turn = 0; !stop; ++turn) {
+      // Left alone for long enough to be found still.
+      for (std::size_t i = 0; i < kPages; i += kStride) *static_cast<volatile char*>(memory.page(i)) = 0;
+      SleepSeconds(0.4);
+    }
+  });
+  SleepSeconds(15);
+  const std::int64_t scans = Get("full_scans");
+  SleepSeconds(10);
+  EXPECT_LE(Get("full_scans") - scans, 12) << Text(ReadStats());
+  const double begun = Now();
+  Memory other(4096);
+  FillPages(other, [](std::size_t i) { return 5 + i % 2; });
+  ASSERT_OK(ksmu_advise(other.data(), other.bytes(), KSMU_MERGEABLE));
+  EXPECT_TRUE(WaitUntil([] { return Get("pages_merged") >= 4000; }, 20)) << Text(ReadStats());
+  std::printf("[          ] merged after %.1f s\n", Now() - begun);
+  stop = true;
+  writer.join();
+  ASSERT_TRUE(PagesAre(memory, seed));
 }
 
 // KSM's advisor: pages_to_scan follows what is tracked.

@@ -185,6 +185,26 @@ TEST_F(KernelTracking, ScanStopsWhereTheArrayIsFull) {
   EXPECT_EQ(runs[0].start, memory.at(4));
 }
 
+// More runs than the kernel collects at a time (512): none is found twice by whoever goes on where a scan has ended.
+TEST_F(KernelTracking, ScanOfManyRuns) {
+  constexpr std::size_t kPages = 1400;  // with 700 runs
+  Memory memory(kPages);
+  for (std::size_t i = 0; i < kPages; i += 2) memory.Word(i) = 1;
+  ScanRequest request;
+  request.required = kPresent;
+  request.returned = kPresent;
+  std::vector<PageRun> runs(1024);
+  std::size_t found = 0, scans = 0;
+  for (Address at = memory.at(0); at < memory.all().end() && scans < kPages; ++scans) {
+    const ScanResult result = pagemap_.Scan({at, memory.all().end() - at}, request, runs.data(), runs.size());
+    ASSERT_EQ(result.error, 0);
+    ASSERT_GT(result.walked_to, at);
+    for (std::size_t i = 0; i < result.runs; ++i) EXPECT_EQ(runs[i].start, memory.at(2 * found++));
+    at = result.walked_to;
+  }
+  EXPECT_EQ(found, kPages / 2);
+}
+
 // Whether there is any is a cheap question, though one run reaches from end to end.
 TEST_F(KernelTracking, ScanStopsAfterSoManyPages) {
   Uffd tracker(kTrackerFeatures);

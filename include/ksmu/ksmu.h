@@ -445,7 +445,8 @@ KSMU_API int ksmu_get(const char *name, int64_t *value);
  *                                        regions stay regions; the call returns when all is unmerged
  *   pages_to_scan      0       0 ..      pages read in a batch; 0: as many as cpu_limit_percent allows
  *   sleep_millisecs    20      0 ..      sleep between two batches, milliseconds
- *   cpu_limit_percent  10      0 .. 100  CPU time of the scanner, percent of one CPU, over a second or so; 0: no limit
+ *   cpu_limit_percent  10      0 .. 100  CPU time of the scanner, percent of one CPU; 0: no limit. What was not used is saved
+ *                                        up, to one second of CPU time: for a process that begins, or new memory
  *   use_zero_pages     1       0, 1      1: drop pages that are all zeros. 0: merge them like any other content
  *   max_page_sharing   256     2 ..      pages that map one frame; beyond it the content gets a further frame. EBUSY
  *                                        while anything is shared

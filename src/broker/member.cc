@@ -47,8 +47,8 @@ void Member::Leave() {
   channel_.Close();
 }
 
-int Member::Open(const char* path, os::ErrorText* why) {
-  if (int error = channel_.Connect(path)) {
+int Member::Reach(const char* path, os::Channel* channel, std::uint32_t* user, os::ErrorText* why) {
+  if (int error = channel->Connect(path)) {
     why->Set(error == -ENAMETOOLONG   ? "the path of the broker's socket is longer than a socket's can be"
              : error == -EACCES       ? "the broker's socket may not be used by this user"
              : error == -EPROTOTYPE   ? "what is named as the broker's socket is another kind of socket"
@@ -59,16 +59,25 @@ int Member::Open(const char* path, os::ErrorText* why) {
                                       : "the broker's socket cannot be connected to");
     return error;
   }
-  std::uint32_t user;
-  if (int error = channel_.PeerUser(&user)) {
+  if (int error = channel->PeerUser(user)) {
     why->Set("it cannot be told whose the broker is");
     return error;
   }
-  const bool unknown = user == os::kUnknownUser && os::SeesUnknownUsers();
-  if (unknown || (user != 0 && user != os::ThisUser() && !os::IsUserListed(kTrustedFile, user))) {
+  if (!IsTrusted(*user)) {
     why->Set("the broker is another user's: only root's, one's own, and those of users in /etc/ksmu/brokers are trusted");
     return -EPERM;
   }
+  return 0;
+}
+
+bool Member::IsTrusted(std::uint32_t user) {
+  const bool unknown = user == os::kUnknownUser && os::SeesUnknownUsers();
+  return !unknown && (user == 0 || user == os::ThisUser() || os::IsUserListed(kTrustedFile, user));
+}
+
+int Member::Open(const char* path, os::ErrorText* why) {
+  std::uint32_t user;
+  if (int error = Reach(path, &channel_, &user, why)) return error;
   int ring_fd;
   if (int error = os::CreateRing(wire::kRingPages * page_bytes_, &ring_fd, &ring_)) {
     why->Set(error == -EMFILE || error == -ENFILE ? "no descriptors for the ring that is shared with the broker" : "no memory for the ring that is shared with the broker");

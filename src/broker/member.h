@@ -30,6 +30,9 @@ class Member final : public frames::Source {
   // Asks the broker that listens on the socket to be let into its domain. 0, or -errno with a sentence in *why; -ENOENT and
   // -ECONNREFUSED: there is no broker.
   static int Begin(const char* path, std::size_t page_bytes, Member** out, os::ErrorText* why);
+  // Connects to the broker, and says whose it is; asks it for nothing. As Begin; -EPERM: a stranger's, and *user is that one.
+  static int Reach(const char* path, os::Channel* channel, std::uint32_t* user, os::ErrorText* why);
+  static bool IsTrusted(std::uint32_t user);
   // Whether it has been let in: 0; -EAGAIN: no answer yet; else it is not to be.
   int Finish(os::ErrorText* why);
   // When none of its frames is in use any more.

@@ -103,6 +103,7 @@ class Engine {
     std::size_t pages_read = 0;  // hashed or compared
     bool pass_ended = false;
     bool fruitful = false;       // in the pass that ended: something was hashed or merged
+    bool eager = false;          // and something is to be looked at again at once
   };
   StepResult Step();
   // Called in the middle of long work, between two merges: may read, must not change anything.
@@ -169,7 +170,8 @@ class Engine {
   // In a forked child: the pool files of the parent, whose mappings it has inherited.
   void SetInherited(const os::File* files, std::size_t count) { inherited_ = files, inherited_count_ = count; }
   std::size_t page_size() const { return page_; }
-  std::uint32_t pass() const { return pass_; }
+  // After which a broken page may be merged again, as far as is known.
+  std::uint32_t SecondsToRemerge() const;
 
  private:
   struct Planned {
@@ -224,6 +226,7 @@ class Engine {
   bool IsUnchanged(const Segment& segment, bool* huge);
   bool HasChanged(Segment* segment);
   bool IsKnown(std::uint32_t hash);
+  bool IsWorthIt(const Segment& segment, bool now);
   bool ApproveIfWorthIt(Segment* segment, bool now);
   bool ApproveSampled(Span span);
 
@@ -302,6 +305,7 @@ class Engine {
   void AttributesUnread(Span span);
   bool AttributesKnown(Address a);
   os::Attributes FindAttributes(Address a, Address* until);
+  os::Attributes LastAttributes(Address a, Address* until) const;
   os::Attributes AttributesOf(Span run, Address* until);
   void RefreshUnwaitable();
   bool Unwaitable(Address page) const;
@@ -328,7 +332,6 @@ class Engine {
   void TendRun(const Region& region, Span run);
   os::Pins LookForPins();
   std::uint32_t QuickSeconds() const;
-  std::uint32_t SecondsToRemerge() const;
   bool OldEnough(Page page, std::uint32_t now, std::uint32_t seconds) const;
   std::size_t Remerge(Span run);
 
@@ -441,6 +444,8 @@ class Engine {
   std::uint32_t look_pass_ = 0;   // the last one that did, and when it ended
   std::uint64_t look_at_ = 0;
   bool fruitful_ = false;
+  bool eager_ = false;            // in this pass: something is to be looked at again at once
+  bool heard_ = false;            // of a segment that is sampled, since the pass began
   bool now_ = false;              // ksmu_merge: pages need not have been still
   std::uint64_t mappings_until_ = 0;  // not counted again before, however often ksmu_merge is called
   std::size_t mappings_at_pass_ = 0;  // counted once a pass, 0: not yet

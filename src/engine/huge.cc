@@ -12,6 +12,8 @@
 // and sampled if it has become huge.
 
 #include <algorithm>
+#include <bit>
+#include <utility>
 
 #include "content/content.h"
 #include "engine/engine.h"
@@ -22,7 +24,14 @@ constexpr std::uint8_t kMaxSampleBackoff = 7;
 constexpr std::uint8_t kLooks = 2;            // complete ones
 constexpr std::uint16_t kLetGoPasses = 32;    // until it is looked at again, and twice as many each time
 constexpr std::uint8_t kMaxLetGo = 6;
+constexpr std::uint8_t kMostRestless = 8;
 constexpr std::uint32_t kOneIn = 16;
+
+// Of a segment of so many pages, those by which a change of all of it is noticed.
+std::size_t ProbeAt(std::size_t i, std::size_t pages) {
+  constexpr std::size_t kProbes = std::tuple_size_v<decltype(Sample::probes)>;
+  return pages / kProbes * i + pages / kProbes / 3;
+}
 
 std::uint32_t PlaceOf(const Segment& segment) { return static_cast<std::uint32_t>(segment.start >> kSegmentShift); }
 }  // namespace
@@ -69,7 +78,8 @@ void Engine::EndSampling(Segment* segment, bool approved) {
   segment->huge = approved ? Segment::kApproved : Segment::kPlain;
   segment->wait = segment->backoff = segment->looks = 0;
   segment->unsettled = 1;
-  // Not of this pass: what the next sweep finds unwritten is still.
+  // Not of this pass: what the next sweep finds unwritten is still. Armed by now, or everything would count as written.
+  system_.WriteProtect(os::kTracker, {segment->start, kSegmentBytes}, true);
   SetSegment(*segment, Page().WithState(PageState::kFresh).WithStamp(pass_ - 1));
   if (segment->sample) samples_.Free(segment->sample);
   segment->sample = nullptr;
@@ -114,10 +124,15 @@ bool Engine::SampleSegment(Segment* segment) {
   const std::size_t pages = table_.pages_per_segment();
   std::size_t read = 0;
   std::byte* const bytes = ReadBuffer(kReadPages);
+  std::size_t probe = 0;
   for (std::size_t first = 0; first < pages; first += kReadPages) {
     const std::size_t n = std::min(kReadPages, pages - first);
     const std::size_t whole = system_.ReadProgram(segment->start + first * page_, bytes, n * page_) / page_;
     read += whole;
+    for (; probe < now.probes.size() && ProbeAt(probe, pages) < first + whole; ++probe) {
+      const std::size_t at = ProbeAt(probe, pages);
+      if (at >= first) now.probes[probe] = HashOf(bytes + (at - first) * page_, node);  // else it could not be read
+    }
     for (std::size_t i = 0; i < whole; ++i) {
       if (content::IsZero(bytes + i * page_, page_)) {
         ++now.zeros;
@@ -152,6 +167,7 @@ bool Engine::SampleSegment(Segment* segment) {
     if (sample.taken && before) now.still |= std::uint64_t{1} << i;
   }
   now.taken = true;
+  now.restless = sample.restless;
   sample = now;
   return true;
 }
@@ -178,8 +194,7 @@ bool Engine::HasChanged(Segment* segment) {
   const bool sampled = segment->huge == Segment::kSampling;
   std::array<std::uint32_t, std::tuple_size_v<decltype(Sample::probes)>> seen{};
   for (std::size_t i = 0; i < seen.size(); ++i) {
-    const std::size_t stride = table_.pages_per_segment() / seen.size();
-    const Address at = segment->start + (i * stride + stride / 3) * page_;
+    const Address at = segment->start + ProbeAt(i, table_.pages_per_segment()) * page_;
     if (system_.ReadProgram(at, scratch_, page_) != page_) return false;
     FindNodes({at, page_});
     seen[i] = HashOf(scratch_, nodes_[0]);
@@ -188,15 +203,15 @@ bool Engine::HasChanged(Segment* segment) {
   }
   if (!sampled || !segment->sample->taken) return false;
   Sample& sample = *segment->sample;
-  const bool differs = sample.probed && seen != sample.probes;
+  const bool differs = seen != sample.probes;
   const bool rests = sample.changed && !differs;
-  sample.probed = true;
   sample.probes = seen;
   sample.changed = differs;
   probe_found_ |= differs;
   if (!rests) return false;
   // From the beginning: what was there before says nothing of what is still.
   sample.taken = false;
+  sample.restless = 0;
   segment->backoff = 0;
   return true;
 }
@@ -209,7 +224,8 @@ Address Engine::TendUnarmed(Segment* segment, Address end, bool now) {
     Address at = segment->start;
     for (; segment && segment->start == at && at < end && segment->wait && !segment->armed();
          segment = table_.NextSegment(at)) {
-      if (probing_ && HasChanged(segment)) {
+      const bool heard = segment->sample && std::exchange(segment->sample->heard, false);
+      if ((heard && IsWorthIt(*segment, false)) || (probing_ && HasChanged(segment))) {
         segment->wait = 0;
         break;
       }
@@ -241,7 +257,6 @@ void Engine::LookAgainAt(Segment* segment) {
 
 void Engine::ArmAgain(Segment* segment) {
   segment->let_go = 0;
-  system_.WriteProtect(os::kTracker, {segment->start, kSegmentBytes}, true);
   EndSampling(segment, false);
 }
 
@@ -308,18 +323,29 @@ void Engine::TendSampled(Segment* segment, bool now) {
   if (now) return;                                // decided when all have been seen: ApproveSampled
   if (ApproveIfWorthIt(segment, false)) return;
   if (first) {
-    fruitful_ = true;  // one pass later, whether it has stayed
+    fruitful_ = eager_ = true;  // one pass later, whether it has stayed
+    return;
+  }
+  // Contents that have just come may be still by the next pass, and others need a moment to say that they have them.
+  Sample& sample = *segment->sample;
+  const bool just_come = static_cast<std::size_t>(std::popcount(sample.still)) * 2 < sample.count || IsWorthIt(*segment, true);
+  if (just_come && sample.restless < kMostRestless) {
+    segment->wait = sample.restless++ / 2;
+    fruitful_ = eager_ = true;
     return;
   }
   segment->backoff = std::min<std::uint8_t>(segment->backoff + 1, kMaxSampleBackoff);
   segment->wait = static_cast<std::uint16_t>((1u << segment->backoff) - 1);
 }
 
+bool Engine::IsWorthIt(const Segment& segment, bool now) {
+  return ExpectedOf(segment, now) >= static_cast<std::size_t>(tunables_.thp_min_duplicates.load(std::memory_order_relaxed));
+}
+
 bool Engine::ApproveIfWorthIt(Segment* segment, bool now) {
-  const auto wanted = static_cast<std::size_t>(tunables_.thp_min_duplicates.load(std::memory_order_relaxed));
-  if (ExpectedOf(*segment, now) < wanted) return false;
+  if (!IsWorthIt(*segment, now)) return false;
   EndSampling(segment, true);
-  fruitful_ = true;
+  fruitful_ = eager_ = true;
   return true;
 }
 

@@ -73,9 +73,13 @@ bool Engine::AttributesKnown(Address a) {
   return true;
 }
 
-// The attributes at an address, as they were when smaps was read last; *until: how far they reach.
 os::Attributes Engine::FindAttributes(Address a, Address* until) {
   if (AttributesDue()) RefreshAttributes();
+  return LastAttributes(a, until);
+}
+
+// The attributes at an address, as they were when smaps was read last; *until: how far they reach.
+os::Attributes Engine::LastAttributes(Address a, Address* until) const {
   auto after = std::upper_bound(attributes_.begin(), attributes_.end(), a,
                                 [](Address at, const os::AttributedMapping& m) { return at < m.mapping.start; });
   *until = after == attributes_.end() ? PageTable::kLimit : after->mapping.start;
@@ -184,18 +188,20 @@ std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, 
   }
   pages = std::min(pages, static_cast<std::size_t>(std::min(mapping.end, region.end) - start) / page_);
 
-  if (!AttributesKnown(start)) {
+  // Pages that only leave a mapping, which stays as it is, need no fresh look at smaps: what must not be taken, the kernel does
+  // not let go.
+  if ((attributes || !attributes_known_) && !AttributesKnown(start)) {
     *reason = attributes_known_ ? Reason::kNone : Reason::kAttributes;
     return 0;
   }
   Address until = 0;
-  const os::Attributes a = FindAttributes(start, &until);
+  const os::Attributes a = attributes ? FindAttributes(start, &until) : LastAttributes(start, &until);
   pages = std::min(pages, static_cast<std::size_t>(until - start) / page_);
   *reason = a.locked || a.sealed ? Reason::kLocked
             : a.hugetlb || a.pfn_map || a.grows_down || a.wipe_on_fork || a.protection_key ? Reason::kAttributes
                                                                                             : Reason::kNone;
   if (*reason != Reason::kNone) return 0;
-  *attributes = a;
+  if (attributes) *attributes = a;
 
   // Pages that are gone, or were written since they were found still, would only make the gate shut for nothing; and a
   // page that somebody has just written may hold a word that the kernel is about to need (a robust mutex).
@@ -524,9 +530,8 @@ std::size_t Engine::DropZeroRun(const Region& region, Address start, std::size_t
   int heals = 0;
   for (std::size_t i = 0; i < pages;) {
     const Address at = start + i * page_;
-    os::Attributes attributes;
     Reason reason;
-    const std::size_t n = Fit(region, at, pages - i, &attributes, &reason);
+    const std::size_t n = Fit(region, at, pages - i, nullptr, &reason);
     if (n == 0) {
       if (reason != Reason::kNone) Leave(at, reason);
       else LookAgain(at);

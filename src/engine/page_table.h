@@ -36,7 +36,9 @@ struct Sample {
   std::size_t alike = 0, still_alike = 0;  // pages whose content a frame has, or another page of the segment
   bool taken = false;
   std::array<std::uint32_t, 4> probes{};   // hashes of a few pages, as last looked at
-  bool probed = false, changed = false;    // whether they were, and whether they were different from the time before
+  bool changed = false;                    // they were different from the time before
+  bool heard = false;                      // others have contents of it, too, since it was read
+  std::uint8_t restless = 0;               // times that it was seen again soon, since its contents had just come
   void Clear() { *this = Sample(); }
 };
 

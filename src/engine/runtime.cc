@@ -12,12 +12,15 @@ namespace ksmu::engine {
 namespace {
 constexpr std::int64_t kMillisecond = 1'000'000;
 constexpr std::int64_t kFirstPassSleep = 100 * kMillisecond;  // the interval in which a page has to be still
+constexpr std::int64_t kBurstNs = 1'000'000'000;  // CPU time that cpu_limit_percent lets the scanner save up
 constexpr std::int64_t kLongestPassSleep = 2000 * kMillisecond;
 // Passes come as fast as they pay: a page saved is worth this much CPU time, which merging pages one by one takes at most. Those
 // that do not pay come ever less often, until they take one part in so many of a CPU.
 constexpr std::int64_t kWorthOfPageNs = 100'000;
 constexpr std::int64_t kFruitlessPart = 500;
-constexpr std::int64_t kFruitlessSleep = 10000 * kMillisecond;
+constexpr std::uint64_t kAfterRemergeNs = 5000 * kMillisecond;
+constexpr std::uint64_t kForgetSavedNs = 10'000'000'000;
+constexpr std::int64_t kFruitlessSleep = 20000 * kMillisecond;
 constexpr std::int64_t kNewsSleep = 200 * kMillisecond;  // what a broker and other members have to say waits so long
 // Threads of the program wait at the scanner's gates, whatever their priority: so it is not put behind them, and those who
 // answer go first where that is permitted. What the scanner may use is bounded by cpu_limit_percent.
@@ -560,7 +563,7 @@ void Runtime::ScannerLoop() {
       Park();
       continue;
     }
-    if (tunables_changed_.exchange(false, std::memory_order_acq_rel)) next_scan_at_ = 0, debt_ns_ = 0;
+    if (tunables_changed_.exchange(false, std::memory_order_acq_rel)) next_scan_at_ = 0, debt_ns_ = std::min<std::int64_t>(debt_ns_, 0);
     if (settings_.run.load(std::memory_order_relaxed) == 1 && engine_->HasRegions()) {
       const std::uint64_t now = system_->NowNanoseconds();
       if (now >= next_scan_at_) {
@@ -603,22 +606,34 @@ std::int64_t Runtime::AdvisePages() const {
   return std::max(least, std::min(most, static_cast<std::int64_t>(wanted)));
 }
 
-// Whether the pass that has just ended paid for itself: by what is saved now and was not before it. What the program fills and the
-// scanner drops again and again saves nothing.
+// Whether the pass that has just ended paid for itself: by what is saved now and was not at any time of the last seconds. What the
+// program fills and the scanner drops again and again saves nothing.
 bool Runtime::PassPaid() {
   const CounterValues counters = engine_->counters().Read();
   const std::int64_t saved = counters.in(PageState::kMerged) + counters.in(PageState::kZero);
-  const std::int64_t gain = saved - saved_at_pass_;
-  saved_at_pass_ = saved;
+  const std::uint64_t now = system_->NowNanoseconds();
+  const auto since = static_cast<std::int64_t>(std::min(now - paid_at_, kForgetSavedNs));
+  paid_at_ = now;
+  if (saved < saved_most_) saved_most_ -= (saved_most_ - saved) * (since / kMillisecond) / static_cast<std::int64_t>(kForgetSavedNs / kMillisecond);
+  const std::int64_t gain = saved - saved_most_;
+  saved_most_ = std::max(saved_most_, saved);
   const auto cpu = static_cast<std::int64_t>(system_->ThreadCpuNanoseconds());
   pass_cpu_ns_ = cpu - cpu_at_pass_;
   cpu_at_pass_ = cpu;
-  return gain > 0 && gain * kWorthOfPageNs >= pass_cpu_ns_;
+  const auto worth_it = [&](std::int64_t pages) { return pages > 0 && pages * kWorthOfPageNs >= pass_cpu_ns_; };
+  // What has just been written or broken may come to rest: then the next passes pay, or those after the time that broken pages
+  // are left alone.
+  if (worth_it(counters.cow_breaks - breaks_at_pass_)) {
+    promising_until_ = now + engine_->SecondsToRemerge() * std::uint64_t{1000} * kMillisecond + kAfterRemergeNs;
+  }
+  breaks_at_pass_ = counters.cow_breaks;
+  promising_ = now < promising_until_ || worth_it(counters.in(PageState::kFresh));
+  return worth_it(gain);
 }
 
 // One step, and when pacing lets the next one come. A command that ends the sleep does not bring the next step forward.
 void Runtime::Scan() {
-  const std::uint64_t begun = system_->NowNanoseconds(), cpu = system_->ThreadCpuNanoseconds();
+  const std::uint64_t cpu = system_->ThreadCpuNanoseconds();
   const bool advised = settings_.advisor_mode.load(std::memory_order_relaxed) != 0;
   auto limit = settings_.cpu_limit_percent.load(std::memory_order_relaxed);
   // The tighter of the two: an advisor raises no limit.
@@ -634,17 +649,15 @@ void Runtime::Scan() {
   const auto sleep_millisecs = settings_.sleep_millisecs.load(std::memory_order_relaxed);
   std::int64_t sleep = 0;
   if (limit > 0 && limit < 100) {
-    // What was used ahead of the budget is slept off, as soon as it is worth a sleep.
+    // Over some seconds: what was not used before may be used at once, and memory that has just come, or a process that has just begun,
+    // is what there is to use it for. What was used ahead of the budget is slept off, as soon as it is worth a sleep.
     const auto used = static_cast<std::int64_t>(system_->ThreadCpuNanoseconds() - cpu);
-    debt_ns_ += used * 100 / limit - static_cast<std::int64_t>(now - begun);
-    debt_ns_ = std::max<std::int64_t>(debt_ns_, 0);
-    if (debt_ns_ > kMillisecond) {
-      sleep = debt_ns_;
-      debt_ns_ = 0;
-    }
+    debt_ns_ = std::max(debt_ns_ + used * 100 / limit - static_cast<std::int64_t>(now - budget_at_), -kBurstNs * 100 / limit);
+    sleep = debt_ns_ > kMillisecond ? debt_ns_ : 0;
   } else {
     debt_ns_ = 0;
   }
+  budget_at_ = now;
   if (pages_to_scan > 0 && batch_pages_ >= static_cast<std::size_t>(pages_to_scan)) {
     batch_pages_ = 0;
     sleep = std::max(sleep, sleep_millisecs * kMillisecond);
@@ -657,10 +670,11 @@ void Runtime::Scan() {
     const bool fruitful = step.fruitful && (paid || !settings_.smart_scan.load(std::memory_order_relaxed));
     if (sleep_millisecs == 0) {
       pass_sleep_ns_ = step.fruitful ? 0 : std::min(pass_sleep_ns_ + kMillisecond, 20 * kMillisecond);
-    } else if (fruitful || pass_sleep_ns_ == 0) {
+    } else if (fruitful || step.eager || pass_sleep_ns_ == 0) {
       pass_sleep_ns_ = std::max(kFirstPassSleep, sleep_millisecs * kMillisecond);
     } else {
-      pass_sleep_ns_ = std::min(pass_sleep_ns_ * 2, std::clamp(pass_cpu_ns_ * kFruitlessPart, kLongestPassSleep, kFruitlessSleep));
+      const std::int64_t longest = promising_ ? kLongestPassSleep : std::clamp(pass_cpu_ns_ * kFruitlessPart, kLongestPassSleep, kFruitlessSleep);
+      pass_sleep_ns_ = std::min(pass_sleep_ns_ * 2, longest);
     }
     sleep = std::max(sleep, pass_sleep_ns_);
   }

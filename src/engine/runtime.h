@@ -201,9 +201,14 @@ class Runtime {
   std::int64_t pass_sleep_ns_ = 0;
   std::int64_t pass_cpu_ns_ = 0;    // of the last whole pass
   std::int64_t cpu_at_pass_ = 0;    // the scanner's, when it ended
-  std::int64_t saved_at_pass_ = 0;  // pages merged and zero then
+  std::int64_t saved_most_ = 0;     // pages merged and zero, the most of late
+  std::uint64_t paid_at_ = 0;       // when that was looked at, ns
+  std::int64_t breaks_at_pass_ = 0;
+  bool promising_ = false;          // the next passes may pay, though this one did not
+  std::uint64_t promising_until_ = 0;
   std::size_t batch_pages_ = 0;
-  std::int64_t debt_ns_ = 0;         // wall time still to be slept off for CPU time used
+  std::int64_t debt_ns_ = INT64_MIN / 2;  // wall time still to be slept off for CPU time used; below 0: saved up
+  std::uint64_t budget_at_ = 0;      // when that was reckoned last, ns
   std::uint64_t next_scan_at_ = 0;
   std::uint64_t rest_until_ = 0;     // of that sleep, what is for the CPU time used
   std::atomic<bool> tunables_changed_{false};

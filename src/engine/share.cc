@@ -215,7 +215,7 @@ bool Engine::HearNews() {
     };
     source_gone_ = !pool_.source()->Serve(news);
   }
-  return looking_up_ || news_at_ < news_.size();
+  return looking_up_ || heard_ || news_at_ < news_.size();
 }
 
 void Engine::TendShared() {
@@ -227,7 +227,12 @@ void Engine::TendShared() {
 
 // The candidates of this hash are matched at the next occasion.
 void Engine::NoteNews(std::uint32_t hash, bool wanted) {
-  if (wanted && frames::SampleTable::Sampled(hash)) sample_table_.Insert(hash, kElsewhere);
+  if (wanted && frames::SampleTable::Sampled(hash)) {
+    const std::uint32_t place = sample_table_.PlaceOf(hash);
+    Segment* const segment = place == frames::SampleTable::kNowhere ? nullptr : table_.FindSegment(Address{place} << kSegmentShift);
+    if (segment && segment->sample) segment->sample->heard = heard_ = true;
+    sample_table_.Insert(hash, kElsewhere);
+  }
   index_.Lookup(hash, [&](const frames::Index::Entry& entry) {
     if (!entry.is_frame && table_.Load(entry.page * page_).value() == hash) news_.push_back({entry.page * page_, hash, wanted});
     return frames::Index::Visit::kNext;

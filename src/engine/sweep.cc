@@ -91,6 +91,8 @@ Engine::StepResult Engine::Step() {
   if (!found) {
     result.pass_ended = true;
     result.fruitful = fruitful_;
+    result.eager = eager_;
+    eager_ = heard_ = false;
     if (!fruitful_) ForgetReadBuffer();
     fruitful_ = false;
     cursor_ = 0;

@@ -53,4 +53,10 @@ bool SampleTable::Elsewhere(std::uint32_t hash, std::uint32_t place) const {
   return slot && ((slot & kMany) || (slot & (kMany - 1)) != place);
 }
 
+std::uint32_t SampleTable::PlaceOf(std::uint32_t hash) const {
+  if (!slots_) return kNowhere;
+  const std::uint64_t slot = slots_[Find(hash)];
+  return slot && !(slot & kMany) ? static_cast<std::uint32_t>(slot & (kMany - 1)) : kNowhere;
+}
+
 }  // namespace ksmu::frames

@@ -22,6 +22,9 @@ class SampleTable {
   void Insert(std::uint32_t hash, std::uint32_t place);
   // True if the hash was inserted for another place.
   bool Elsewhere(std::uint32_t hash, std::uint32_t place) const;
+  // The one place that the hash was inserted for; kNowhere: none, or several.
+  static constexpr std::uint32_t kNowhere = ~std::uint32_t{0};
+  std::uint32_t PlaceOf(std::uint32_t hash) const;
   std::size_t metadata_bytes() const { return used_ * sizeof(std::uint64_t); }
 
  private:

@@ -4,6 +4,7 @@
 #include <sys/ioctl.h>
 #include <sys/uio.h>
 
+#include <algorithm>
 #include <bit>
 
 #include "os/raw.h"
@@ -18,9 +19,9 @@ static_assert(sizeof(PageRun) == sizeof(uapi::PageRegion) &&
               offsetof(PageRun, categories) == offsetof(uapi::PageRegion, categories));
 static_assert(std::endian::native == std::endian::little);
 
-int Pagemap::Open(std::size_t page_bytes) {
+int Pagemap::Open(std::size_t page_bytes, const char* path) {
   page_bytes_ = page_bytes;
-  fd_ = raw::Repeat([] { return open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC); });
+  fd_ = raw::Repeat([&] { return open(path, O_RDONLY | O_CLOEXEC); });
   if (fd_ < 0) return fd_;
   uapi::PagemapScan probe{};  // an empty range: nothing is looked at, but the call has to exist
   probe.size = sizeof probe;
@@ -54,6 +55,9 @@ ScanResult Pagemap::Scan(Span span, const ScanRequest& request, PageRun* runs, s
   result.error = found < 0 ? found : 0;
   result.runs = found < 0 ? 0 : static_cast<std::size_t>(found);
   result.walked_to = found < 0 ? span.start : scan.walk_end;
+  // The kernel collects 512 runs at a time, and when it comes to the end after having done so once it still names the place where
+  // that was (seen on 6.18): from there on all would be found twice.
+  if (result.runs) result.walked_to = std::max<Address>(result.walked_to, runs[result.runs - 1].end);
   return result;
 }
 

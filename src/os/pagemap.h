@@ -1,4 +1,4 @@
-// /proc/self/pagemap: PAGEMAP_SCAN and the bits of its entries.
+// /proc/self/pagemap, or another process's: PAGEMAP_SCAN and the bits of its entries.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,8 @@ namespace ksmu::os {
 class Pagemap {
  public:
   // -ENOENT and the like where /proc is not mounted; -ENOSYS: no PAGEMAP_SCAN (Linux 6.7).
-  int Open(std::size_t page_bytes);
+  int Open(std::size_t page_bytes) { return Open(page_bytes, "/proc/self/pagemap"); }
+  int Open(std::size_t page_bytes, const char* path);
   void Close();
 
   ScanResult Scan(Span span, const ScanRequest& request, PageRun* runs, std::size_t capacity) const;

@@ -50,8 +50,12 @@ inline constexpr std::uint64_t kScanWpMatching = 1u << 0;
 inline constexpr std::uint64_t kScanCheckWpAsync = 1u << 1;
 
 // Bits of an entry of /proc/self/pagemap.
+inline constexpr std::uint64_t kPagemapFrame = (1ull << 55) - 1;  // its number, for CAP_SYS_ADMIN; where it is present
 inline constexpr std::uint64_t kPagemapExclusive = 1ull << 56;  // mapped exactly once
+inline constexpr std::uint64_t kPagemapFile = 1ull << 61;  // or shared memory
+inline constexpr std::uint64_t kPagemapSwapped = 1ull << 62;
 inline constexpr std::uint64_t kPagemapPresent = 1ull << 63;
+inline constexpr std::uint64_t kPageFlagKsm = 1u << 21;  // of /proc/kpageflags
 
 // --- PROCMAP_QUERY (6.11) ------------------------------------------------------------------------------------------
 struct ProcmapQuery {

@@ -4,14 +4,17 @@
 
 namespace ksmu::tools {
 
+int RunDoctor(int argc, char** argv);
 int RunExec(int argc, char** argv);
 int RunExplain(int argc, char** argv);
 int RunGet(int argc, char** argv);
+int RunMap(int argc, char** argv);
 int RunMembers(int argc, char** argv);
 int RunRun(int argc, char** argv);
 int RunSet(int argc, char** argv);
 int RunStatus(int argc, char** argv);
 int RunTop(int argc, char** argv);
 int RunUnmerge(int argc, char** argv);
+int RunWhatIf(int argc, char** argv);
 
 }  // namespace ksmu::tools

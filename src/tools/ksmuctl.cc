@@ -14,15 +14,18 @@ constexpr struct {
   int (*run)(int argc, char** argv);
   const char* help;
 } kCommands[] = {
+    {"doctor", ksmu::tools::RunDoctor, "can ksmu work here? what is in the way, and the command that mends it"},
     {"exec", ksmu::tools::RunExec, "run a program with libksmu_preload.so"},
     {"explain", ksmu::tools::RunExplain, "each region of a process: what is merged, and why the rest is not"},
     {"get", ksmu::tools::RunGet, "a counter or a tunable of a domain, or all of them"},
+    {"map", ksmu::tools::RunMap, "a picture of a process's memory: what is shared, zero, private, huge, swapped"},
     {"members", ksmu::tools::RunMembers, "the processes of a domain"},
     {"run", ksmu::tools::RunRun, "0 stop merging, 1 merge, 2 stop and unmerge everything"},
     {"set", ksmu::tools::RunSet, "set a tunable of a domain"},
     {"status", ksmu::tools::RunStatus, "what is saved, by whom, at what cost, and why the rest is not"},
     {"top", ksmu::tools::RunTop, "the same, live"},
     {"unmerge", ksmu::tools::RunUnmerge, "give a process copies of its own of everything that is merged"},
+    {"what-if", ksmu::tools::RunWhatIf, "what merging the memory of processes would save"},
 };
 
 void PrintUsage(FILE* to) {

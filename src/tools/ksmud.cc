@@ -32,6 +32,7 @@
 #include "os/users.h"
 
 namespace {
+constexpr int kNice = -10;
 
 using ksmu::broker::Fd;
 using ksmu::broker::Level;
@@ -59,6 +60,7 @@ constexpr const char* kUsage =
     "\n"
     "Sockets that a service manager hands over (LISTEN_FDS) take the place of the default one; their names (LISTEN_FDNAMES) are\n"
     "names of domains, but for \"default\", \"unknown\" and what ends in \".socket\". It says READY=1 where NOTIFY_SOCKET is set.\n"
+    "Beside such sockets the seed of its hashes is kept in RUNTIME_DIRECTORY, if that is set.\n"
     "SIGUSR1: what is in each domain, to stderr. SIGTERM, SIGINT: it ends; its members go on, each alone.\n"
     "\n"
     "exit status: 0 ended by a signal; 1 it cannot start; 2 usage; 3 a broker is running there already.\n";
@@ -439,6 +441,9 @@ Fd BlockSignals() {
 }
 
 void Prepare() {
+  // Members wait some milliseconds for an answer and then go on without: where all of them are busy, the one who answers must not
+  // stand in line with them. What it does between two answers is bounded. Where it is not permitted it stays as it is.
+  if (getpriority(PRIO_PROCESS, 0) > kNice) setpriority(PRIO_PROCESS, 0, kNice);
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
     limit.rlim_cur = limit.rlim_max;
@@ -473,6 +478,8 @@ int Run(const Options& options) {
     const bool known = getsockname(passed[0].fd.get(), reinterpret_cast<sockaddr*>(&address), &size) == 0;
     if (known && address.sun_path[0] == '/') directory = DirectoryOf(address.sun_path);
   }
+  // The directory of sockets that are handed over is the manager's; the seed goes into one that it has made for us (RuntimeDirectory=).
+  if (const char* const own = std::getenv("RUNTIME_DIRECTORY"); own && !passed.empty() && own[0] == '/' && !std::strchr(own, ':')) directory = own;
 
   Server::Config config;
   config.page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
