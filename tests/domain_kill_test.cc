@@ -65,6 +65,8 @@ const char* KindName(wire::Kind kind) {
     case wire::Kind::kFileIs: return "fileis";
     case wire::Kind::kSettled: return "settled";
     case wire::Kind::kWanted: return "wanted";
+    // What operators ask is in operators_test.cc.
+    case wire::Kind::kTune: case wire::Kind::kAsk: case wire::Kind::kTuned: case wire::Kind::kTold: break;
   }
   return nullptr;
 }
