@@ -68,6 +68,7 @@ int Engine::Start() {
   return gate_.Start();
 }
 
+// The pass that has ended: what waits for passes waits for seconds where they take longer. And what the next one looks at.
 void Engine::CountPass(std::uint64_t now) {
   const std::uint64_t seconds = pass_at_ ? (now - pass_at_) / 1'000'000'000 : 0;
   pass_step_ = static_cast<std::uint32_t>(std::clamp<std::uint64_t>(seconds, 1, kMostPasses));
@@ -75,7 +76,7 @@ void Engine::CountPass(std::uint64_t now) {
   audits_ = (pass_ + pass_step_) / kAuditEvery != pass_ / kAuditEvery;
   pass_ += pass_step_;
   if (probing_) {
-    probe_sleep_ = probe_found_ ? kProbeNs : std::min(probe_sleep_ * 2, kLongestProbeNs);
+    probe_sleep_ = probe_found_ ? kProbeNs : std::clamp(probe_sleep_ * 2, kProbeNs, kLongestProbeNs);
     probe_at_ = now + probe_sleep_;
   }
   probing_ = now >= probe_at_;
