@@ -19,6 +19,7 @@
 
 #include <gmock/gmock.h>
 
+#include "counts_support.h"
 #include "test_support.h"
 
 namespace ksmu::test {
@@ -121,6 +122,42 @@ KSMU_ISOLATED_TEST(Limits, NoDescriptorsAtAll, 60) {
   EXPECT_OK(ksmu_set("run", 2));
   EXPECT_TRUE(PagesAre(memory, OneOfSixteen));
   EXPECT_OK(ksmu_stop());
+  EXPECT_TRUE(PagesAre(memory, OneOfSixteen));
+}
+
+// Broken pages are merged again in place after the shorter time, unless a device may be writing to them: by what is open, and as long
+// as the longer time after it was seen.
+KSMU_ISOLATED_TEST(Limits, MergesAgainSoonOnlyWithoutDirectIo, 90) {
+  for (int fd = 0; fd < 256; ++fd) {
+    struct stat status;
+    if (fstat(fd, &status) == 0 && (S_ISREG(status.st_mode) || S_ISBLK(status.st_mode))) GTEST_SKIP() << "the test was started with an open file";
+  }
+  Set("cpu_limit_percent", 100);
+  Set("sleep_millisecs", 0);
+  Set("remerge_quick_seconds", 1);
+  constexpr std::size_t kPages = 64;
+  Memory memory(kPages);
+  FillPages(memory, OneOfSixteen);
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  ASSERT_TRUE(WaitUntil([] { return Get("pages_merged") == kPages; }, 20)) << Text(ReadStats());
+  const auto rewrite = [&] {
+    for (std::size_t i = 0; i < 8; ++i) FillPage(memory.page(i), OneOfSixteen(i));
+  };
+  rewrite();
+  ASSERT_TRUE(WaitUntil([] { return Get("cow_breaks") == 8; }, 20)) << Text(ReadStats());
+  EXPECT_TRUE(WaitUntil([] { return Get("pages_merged") == kPages; }, 20)) << Text(ReadStats());
+  EXPECT_EQ(Get("pages_remerged"), 8);
+  unsigned long queue = 0;  // of AIO
+  if (syscall(SYS_io_setup, 1, &queue) != 0) GTEST_SKIP() << "no AIO here: " << strerror(errno);
+  rewrite();
+  ASSERT_TRUE(WaitUntil([] { return Get("cow_breaks") == 16; }, 20)) << Text(ReadStats());
+  SleepSeconds(4);
+  EXPECT_EQ(Get("pages_remerged"), 8) << "a device may be writing";
+  ASSERT_EQ(syscall(SYS_io_destroy, queue), 0);
+  SleepSeconds(4);
+  EXPECT_EQ(Get("pages_remerged"), 8) << "what was asked of it may be under way still";
+  Set("remerge_seconds", 1);
+  EXPECT_TRUE(WaitUntil([] { return Get("pages_remerged") == 16; }, 20)) << Text(ReadStats());
   EXPECT_TRUE(PagesAre(memory, OneOfSixteen));
 }
 
