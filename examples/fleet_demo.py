@@ -160,6 +160,22 @@ class Broker:
         self.process.wait()
 
 
+def options_of(description):
+    """Those that every demonstration with guests and a broker has."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("ksmuctl")
+    options.add_argument("ksmud")
+    options.add_argument("work", help="where the guest's kernel is kept")
+    options.add_argument("--memory", type=int, default=256, help="of each, in MiB (%(default)s)")
+    options.add_argument("--set", action="append", default=[], help="a tunable of the library's, NAME=VALUE")
+    return options
+
+
+def under_ksmu(given):
+    """The command that a guest is started by."""
+    return [os.path.abspath(given.ksmuctl), "exec", *(part for setting in given.set for part in ("--set", setting)), "--"]
+
+
 def run(kind, given, kernel, initrd):
     """One fleet. What it takes: MiB, percent of a CPU for merging, and what to say of it."""
     ksm, broker, fleet = Ksm(), None, []
@@ -172,10 +188,7 @@ def run(kind, given, kernel, initrd):
                 ksm.start()
             if kind == "ksmu":
                 broker = Broker(os.path.abspath(given.ksmud), work)
-                before = [os.path.abspath(given.ksmuctl), "exec"]
-                for setting in given.set:
-                    before += ["--set", setting]
-                before += ["--"]
+                before = under_ksmu(given)
                 variables = {"KSMU_BROKER": broker.socket}
             for number in range(given.guests):
                 fleet.append(guest.Guest(work, f"guest{number}", kernel, initrd, given.memory, before=before,
@@ -219,17 +232,12 @@ def run(kind, given, kernel, initrd):
 
 
 def main():
-    options = argparse.ArgumentParser(description="Equal guests: alone, under KSM, and under ksmu with one broker.")
-    options.add_argument("ksmuctl")
-    options.add_argument("ksmud")
-    options.add_argument("work", help="where the guest's kernel is kept")
+    options = options_of("Equal guests: alone, under KSM, and under ksmu with one broker.")
     options.add_argument("--guests", type=int, default=4, help="how many (%(default)s)")
-    options.add_argument("--memory", type=int, default=256, help="of each, in MiB (%(default)s)")
     options.add_argument("--seconds", type=int, default=60, help="from when all are up to the measuring (%(default)s)")
     options.add_argument("--watch", type=int, default=30, help="seconds of which the CPU time is taken after that (%(default)s)")
     options.add_argument("--repetitions", type=int, default=1, help="of each (%(default)s)")
     options.add_argument("--only", default="none,KSM,ksmu", help="which of them (%(default)s)")
-    options.add_argument("--set", action="append", default=[], help="a tunable of the library's, NAME=VALUE")
     given = options.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))

@@ -7,14 +7,13 @@ what it shares a minute later: pages merged and zero, which the library writes d
 
 Exit status: 0; 1 a sum was wrong, or a guest failed; 77 what it needs is not there.
 """
-import argparse
 import os
 import statistics
 import sys
 import tempfile
 import time
 
-from fleet_demo import INIT, Broker, files, guest
+from fleet_demo import INIT, Broker, files, guest, options_of, under_ksmu
 
 
 def restore(given, kernel, initrd):
@@ -22,10 +21,7 @@ def restore(given, kernel, initrd):
     with tempfile.TemporaryDirectory() as work:
         broker, fleet = Broker(os.path.abspath(given.ksmud), work), []
         try:
-            before = [os.path.abspath(given.ksmuctl), "exec"]
-            for setting in given.set:
-                before += ["--set", setting]
-            before += ["--"]
+            before = under_ksmu(given)
 
             def start(name, *more):
                 fleet.append(guest.Guest(work, name, kernel, initrd, given.memory, before=before, more=more, KSMU_BROKER=broker.socket))
@@ -63,15 +59,10 @@ def restore(given, kernel, initrd):
 
 
 def main():
-    options = argparse.ArgumentParser(description="How fast a restored guest shares its memory with its running twin.")
-    options.add_argument("ksmuctl")
-    options.add_argument("ksmud")
-    options.add_argument("work", help="where the guest's kernel is kept")
-    options.add_argument("--memory", type=int, default=256, help="of each, in MiB (%(default)s)")
+    options = options_of("How fast a restored guest shares its memory with its running twin.")
     options.add_argument("--settle", type=int, default=30, help="seconds for which the first one runs alone (%(default)s)")
     options.add_argument("--seconds", type=int, default=60, help="after which what is shared counts as all (%(default)s)")
     options.add_argument("--repetitions", type=int, default=3, help="(%(default)s)")
-    options.add_argument("--set", action="append", default=[], help="a tunable of the library's, NAME=VALUE")
     given = options.parse_args()
     guest.find_qemu()
     kernel, modules = guest.find_kernel(os.path.abspath(given.work))

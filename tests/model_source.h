@@ -43,7 +43,6 @@ class ModelSource final : public frames::Source, private broker::Domain::Files {
   void Prefetch(std::uint32_t) const override {}
   void Lookup(std::uint32_t hash, bool (*visit)(void* cookie, frames::Frame theirs), void* cookie) const override;
   bool Serve(const News& news) override;
-  bool Pending() const override { return Busy() || !drops_.empty() || !releases_.empty() || !offers_.empty(); }
   void Tell(const Report&) override {}
 
  private:

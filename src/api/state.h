@@ -67,7 +67,6 @@ const Tunable* FindTunable(const char* name);
 const Tunable& TunableOf(std::uint32_t number);  // in engine/tunables.h
 void SetByProgram(const Tunable* tunable, std::int64_t value);  // from now on the environment's value is nothing to it
 
-
 // For an operator of the domain: engine::Steward. On the scanner of that runtime.
 int SetForDomain(engine::Runtime& runtime, std::uint32_t number, std::int64_t value);
 void ReadForDomain(engine::Runtime& runtime, frames::Source::Report* report);

@@ -53,9 +53,6 @@ class Member final : public frames::Source {
   void Prefetch(std::uint32_t hash) const override { Reader().Prefetch(hash); }
   void Lookup(std::uint32_t hash, bool (*visit)(void* cookie, frames::Frame theirs), void* cookie) const override;
   bool Serve(const News& news) override;
-  bool Pending() const override {
-    return channel_.open() && (Busy() || !drops_.empty() || !releases_.empty() || !offers_.empty() || report_is_new_ || tuned_ || told_);
-  }
   void Tell(const Report& report) override { report_ = report, report_is_new_ = true; }
   bool TakeWishes(Wishes* wishes) override;
   void AnswerTunable(std::uint32_t tunable, int error) override;

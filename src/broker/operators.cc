@@ -224,6 +224,16 @@ int Server::MaySet(const Scope& scope, std::uint32_t tunable, std::int64_t value
   }
 }
 
+// The question is answered when members have: its state, from the beginning.
+Server::Operator& Server::Await(Connection& conn, Kind asks, std::uint32_t number) {
+  Operator& op = *conn.op;
+  op.asks = asks;
+  op.number = number;
+  op.until = now_ + kAnswerWithin;
+  op.look_at = 0;
+  return op;
+}
+
 void Server::SetTunable(Connection& conn) {
   const control::SetQuestion& wish = question_->set;
   const std::uint32_t number = question_->header.number;
@@ -256,11 +266,7 @@ void Server::SetTunable(Connection& conn) {
       if (member) QueueTelling(*member);
     }
   }
-  Operator& op = *conn.op;
-  op.asks = Kind::kSet;
-  op.number = number;
-  op.until = now_ + kAnswerWithin;
-  op.look_at = 0;
+  Operator& op = Await(conn, Kind::kSet, number);
   op.scope = wish.domain;
   op.pid = wish.pid;
   op.tunable = wish.tunable;
@@ -340,11 +346,7 @@ void Server::BeginExplaining(Connection& conn) {
   const Connection* const member = FindMember(*scope, about.pid);
   if (!member) return FailOperator(conn, number, ESRCH);
   if (!conn.op->may_write && (member->who.uid != conn.who.uid || config_.unknown_user == std::int64_t{conn.who.uid})) return FailOperator(conn, number, EPERM);
-  Operator& op = *conn.op;
-  op.asks = Kind::kExplain;
-  op.number = number;
-  op.until = now_ + kAnswerWithin;
-  op.look_at = 0;
+  Operator& op = Await(conn, Kind::kExplain, number);
   op.from = about.from;
   op.member = member->id;
   if (TendExplaining(conn, false)) op.asks = {};

@@ -208,6 +208,7 @@ class Server {
   void ListMembers(Connection& conn);
   void SetTunable(Connection& conn);
   int MaySet(const Scope& scope, std::uint32_t tunable, std::int64_t value) const;
+  Operator& Await(Connection& conn, control::Kind asks, std::uint32_t number);
   void BeginExplaining(Connection& conn);
   void TendOperators(std::uint64_t* next);
   bool TendSetting(Connection& conn, bool late);

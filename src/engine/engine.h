@@ -132,7 +132,6 @@ class Engine {
   std::size_t UsedOf(std::uint32_t source) const { return pool_.UsedOf(source); }
   // Sends what is to be sent, hears what is new. True: the next step has something to do with it.
   bool HearNews();
-  bool HasNewsToTell() const { return SourceIsThere() && pool_.source()->Pending(); }
   std::size_t stray_frames() const { return pool_.source() ? pool_.strays() : 0; }
 
   // --- events ------------------------------------------------------------------------------------------------------

@@ -89,14 +89,13 @@ bool Engine::OldEnough(Page page, std::uint32_t now, std::uint32_t seconds) cons
 void Engine::TendBroken(const Region& region, Address from, Address to) {
   std::uint32_t seconds = QuickSeconds();
   const std::uint32_t now = NowSeconds();
-  const bool look_again = audits_;
   TendDropped(region, {from, to - from});
   for (Address at = from; at < to;) {
     const Page first = table_.Load(at);
     auto ripe = [&](Page page) {
       // Under a synchronous breaker no sweep tells whether a broken page is still.
       return !region.sync_break && page.state() == PageState::kBroken && !page.busy() && !page.unconfirmed() && (page.tries() >= 1 || (now_ && seconds == 0)) &&
-             (page.tries() != kLookedAt || look_again) && OldEnough(page, now, seconds);
+             (page.tries() != kLookedAt || audits_) && OldEnough(page, now, seconds);
     };
     if (!ripe(first)) {
       at += page_;

@@ -121,7 +121,7 @@ class Runtime {
   // Carries out the command on the scanner. False: the runtime is ending (-EAGAIN).
   // An interrupted kMerge answers -EINTR; other commands go on whatever signals come.
   void Execute(Command* command);
-  // The same where the caller is on the scanner.
+  // The same where the caller is on the scanner; not for kMerge, which asks its slot whether it is to end.
   void ExecuteHere(Command* command) { Run(command, nullptr); }
 
   // fork: the scanner comes to rest between two steps, with no merge in hand, until Resume. The event thread goes on, and so

@@ -76,8 +76,6 @@ class Source {
     void (*missed)(void* cookie) = nullptr;  // more was published than is known: look everything up
   };
   virtual bool Serve(const News& news) = 0;
-  // Something that was kept has not been sent yet, or an answer has not come.
-  virtual bool Pending() const = 0;
 
   // What this process has of it, for whoever looks at the domain. Pages, but for the CPU time, and what the counters of ksmu_stats
   // are.

@@ -179,15 +179,15 @@ class TableCheck {
     return true;
   }
 
-  // Calls take(rest of the line) with the line of the descriptor's fdinfo that begins so. False also where there is none: a ring that is
-  // busy prints nothing. `gone`: what is said of a descriptor that has been closed meanwhile.
+  // What take(rest of the line) says of the line of the descriptor's fdinfo that begins so. False where there is no such line: a ring
+  // that is busy prints nothing. True of a descriptor that has been closed meanwhile.
   template <class Take>
-  bool FdInfo(int number, std::string_view begin, bool gone, Take take) {
+  bool FdInfo(int number, std::string_view begin, Take take) {
     PathBuffer path;
     path.Add("/proc/self/task/").Add(static_cast<std::uint64_t>(thread_)).Add("/fdinfo/");
     path.Add(static_cast<std::uint64_t>(number));
     int fd = raw::Repeat([&] { return open(path.c_str(), O_RDONLY | O_CLOEXEC); });
-    if (fd < 0) return gone && fd == -ENOENT;
+    if (fd < 0) return fd == -ENOENT;
     char buffer[1024];
     LineReader lines(fd, buffer, sizeof buffer);
     std::string_view line;
@@ -203,14 +203,14 @@ class TableCheck {
   }
 
   bool RingShowsNoBuffers(int number) {
-    return FdInfo(number, "UserBufs:", true, [](std::string_view text) {
+    return FdInfo(number, "UserBufs:", [](std::string_view text) {
       std::uint64_t count;
       return TakeDecimal(&text, &count) && count == 0;
     });
   }
 
   bool IsBuffered(int number) {
-    const bool copies = FdInfo(number, "flags:", true, [](std::string_view text) {
+    const bool copies = FdInfo(number, "flags:", [](std::string_view text) {
       unsigned long flags = 0;
       for (char digit : text) flags = flags * 8 + static_cast<unsigned long>(digit - '0');
       return (flags & O_DIRECT) == 0;
