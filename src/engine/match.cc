@@ -67,7 +67,8 @@ std::size_t Engine::ReadPages(const Address* pages, std::size_t count, std::byte
 }
 
 // Where pages are read to. The kernel pins what it writes to, page by page: a huge page spares it half of the work, but is
-// worth its memory only when there is much to read; it is given back when there is no more (ForgetReadBuffer).
+// worth its memory only when there is much to read; it is given back at the end of each pass (ForgetReadBuffer): what a few thousand
+// pages are read to would else be there for good in every process of a fleet, whose passes find a little again and again.
 std::byte* Engine::ReadBuffer(std::size_t count) {
   if (count >= kReadPages && !huge_) huge_ = static_cast<std::byte*>(base::MapOwnHugePages((kReadPages + kTwinPages) * page_));
   if (count >= kReadPages && huge_) {

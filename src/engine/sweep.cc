@@ -94,7 +94,7 @@ Engine::StepResult Engine::Step() {
     result.fruitful = fruitful_;
     result.eager = eager_;
     eager_ = heard_ = false;
-    if (!fruitful_) ForgetReadBuffer();
+    ForgetReadBuffer();
     fruitful_ = false;
     cursor_ = 0;
     const std::uint64_t now = system_.NowNanoseconds();
