@@ -7,6 +7,7 @@
 
 #include "engine/tunables.h"
 #include "ksmu/ksmu.h"
+#include "tools/balance.h"
 #include "tools/commands.h"
 #include "tools/operator.h"
 #include "tools/output.h"
@@ -19,21 +20,8 @@ using broker::control::DomainEntry;
 using broker::control::MemberEntry;
 
 static_assert(sizeof kReasonTexts / sizeof *kReasonTexts == KSMU_REASON_COUNT - 1);
-constexpr std::int64_t kBytesPerMapping = 270;  // of kernel memory, as in general_profit
 
 std::uint64_t Positive(std::int64_t n) { return n > 0 ? static_cast<std::uint64_t>(n) : 0; }
-
-// Of a domain: each frame is there once, whoever maps it. Reports are up to two seconds old, frames are now.
-struct Balance {
-  std::int64_t saved = 0, net = 0;  // bytes
-};
-Balance BalanceOf(const DomainEntry& domain, std::uint64_t page) {
-  const auto bytes = static_cast<std::int64_t>(page);
-  Balance balance;
-  balance.saved = (CounterOf(domain, "pages_merged") - static_cast<std::int64_t>(domain.frames) + CounterOf(domain, "ksm_zero_pages")) * bytes;
-  balance.net = balance.saved - CounterOf(domain, "metadata_bytes") - kBytesPerMapping * CounterOf(domain, "maps_used") - static_cast<std::int64_t>(domain.metadata_bytes);
-  return balance;
-}
 
 std::string Signed(std::int64_t bytes) { return bytes < 0 ? "-" + MiB(static_cast<std::uint64_t>(-bytes)) : MiB(static_cast<std::uint64_t>(bytes)); }
 
@@ -74,7 +62,7 @@ std::string JsonDomain(Operator& op, const DomainEntry& d) {
     if (d.set >> t & 1) set += (set.empty() ? "" : ", ") + JsonString(engine::kTunableRules[t].name);
   }
   return "{\"domain\": " + JsonString(NameOf(d)) + ", \"socket\": " + JsonString(op.path()) + ", \"page_bytes\": " + std::to_string(op.page_bytes()) +
-         ", \"saved_bytes\": " + std::to_string(balance.saved) + ", \"net_bytes\": " + std::to_string(balance.net) + ", \"frames\": " + std::to_string(d.frames) +
+         ", \"saved_bytes\": " + std::to_string(balance.saved) + ", \"net_bytes\": " + std::to_string(balance.net) + ", \"tuner\": " + JsonString(broker::control::TunerWord(d)) + ", \"frames\": " + std::to_string(d.frames) +
          ", \"left\": " + std::to_string(d.left) + ", \"broker_bytes\": " + std::to_string(d.metadata_bytes) + ", \"cpu_ns\": " + std::to_string(d.cpu_ns) +
          ", \"set\": [" + set + "], \"tunables\": " + JsonTunables(d) + ", \"counters\": " + JsonCounters(d) +
          ", \"members\": " + JsonMembers(op.Members(d.domain)) + "}";
@@ -117,6 +105,7 @@ void PrintDomain(Operator& op, const DomainEntry& d) {
   std::printf("cost: %.2f s of CPU, %s MiB of the members' memory, %s MiB of the broker's, %s mappings, %s copies at first writes; net %s MiB\n",
               static_cast<double>(d.cpu_ns) / 1e9, MiB(Positive(CounterOf(d, "metadata_bytes"))).c_str(), MiB(d.metadata_bytes).c_str(),
               Grouped(Positive(CounterOf(d, "maps_used"))).c_str(), Grouped(Positive(CounterOf(d, "cow_breaks"))).c_str(), Signed(balance.net).c_str());
+  std::printf("tuner: %s\n", std::string(broker::control::TunerWord(d)).c_str());
   if (d.silent) std::printf("%" PRIu64 " members have not reported yet\n", d.silent);
   std::printf("by whom:\n");
   PrintMembers(op.Members(d.domain), page);
