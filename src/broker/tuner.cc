@@ -71,7 +71,8 @@ std::int64_t Significant(const Tuner::Observation& seen) { return std::max(kLeas
 
 // available >= percent of total
 bool Has(const Pressure& pressure, std::uint64_t percent) {
-  return static_cast<double>(pressure.available_bytes) * 100 >= static_cast<double>(pressure.total_bytes) * static_cast<double>(percent);
+  const auto available = static_cast<double>(pressure.available_bytes), total = static_cast<double>(pressure.total_bytes);
+  return available * 100 >= total * static_cast<double>(percent);
 }
 
 // The lines of a text, one by one.
@@ -226,10 +227,10 @@ void Tuner::Enter(State state, const Observation& seen) {
     quiet_since_ = now_;
     saved_when_quiet_ = seen.pages_saved;
   }
-  if (!is_quiet) saved_when_quiet_ = 0;
   if (state == State::kJoined) {
     // The first of all has no wait behind it.
-    joined_wait_ = joined_wait_ == 0 || gained_since_joined_ >= kLeastPages ? kJoinedWait : std::min(2 * joined_wait_, kLongestJoinedWait);
+    const bool of_use = joined_wait_ == 0 || gained_since_joined_ >= kLeastPages;
+    joined_wait_ = of_use ? kJoinedWait : std::min(2 * joined_wait_, kLongestJoinedWait);
     joined_again_at_ = now_ + joined_wait_;
     gained_since_joined_ = 0;
     pending_ = false;
@@ -252,8 +253,10 @@ State Tuner::Next(const Observation& seen, const Pressure& pressure) {
   const Minute minute = LastMinute();
   const std::int64_t significant = Significant(seen);
   const bool quiet = minute.gained + minute.changed < significant;
-  const bool busy = minute.gained + minute.changed >= 2 * significant || saved_when_quiet_ - seen.pages_saved >= 2 * significant;
-  const bool pays = minute.gained >= significant && static_cast<double>(minute.gained) * kWorthOfPageNs >= static_cast<double>(minute.cpu_ns);
+  const bool lost = saved_when_quiet_ - seen.pages_saved >= 2 * significant;
+  const bool busy = minute.gained + minute.changed >= 2 * significant || lost;
+  const double worth = static_cast<double>(minute.gained) * kWorthOfPageNs;
+  const bool pays = minute.gained >= significant && worth >= static_cast<double>(minute.cpu_ns);
   const bool heeded = short_ && (now_ >= barren_until_ || (pays && minute.gained >= 2 * significant));
 
   // To more speed, at once.
@@ -284,7 +287,10 @@ State Tuner::Next(const Observation& seen, const Pressure& pressure) {
 
 Tuner::Plan Tuner::Decide(std::uint64_t now_ns, const Observation& observed, const Pressure& pressure) {
   Observation seen = observed;
-  for (std::int64_t* n : {&seen.pages_saved, &seen.pages_tracked, &seen.pages_volatile, &seen.region_pages, &seen.cow_breaks}) *n = Pages(*n);
+  for (std::int64_t* n :
+       {&seen.pages_saved, &seen.pages_tracked, &seen.pages_volatile, &seen.region_pages, &seen.cow_breaks}) {
+    *n = Pages(*n);
+  }
   now_ = std::max(now_, now_ns);
   if (calm_for_ == 0) {
     calm_for_ = kCalmFor;

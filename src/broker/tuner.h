@@ -107,7 +107,7 @@ class Tuner {
   std::uint64_t barren_until_ = 0;       // pressure is not heeded until then: it was of no use
   std::uint64_t calm_for_ = 0;           // the least time of calm
   std::uint64_t quiet_since_ = 0;        // when idle began; resting comes after it
-  // Then; else 0. Idle members must not lose, little by little, more than they merge.
+  // Then. Idle members must not lose, little by little, more than they merge.
   std::int64_t saved_when_quiet_ = 0;
 };
 
