@@ -40,7 +40,7 @@ class Box final : public Outbox {
 class Operators : public testing::Test {
  protected:
   explicit Operators(std::function<Pressure()> pressure = nullptr)
-      : server_({.page_bytes = test::kPage, .seed = 1, .log = nullptr, .dispose = nullptr, .owner = kOwner, .pressure = std::move(pressure)}, box_), default_(server_.AddListener("")),
+      : server_({.page_bytes = test::kPage, .seed = 1, .log = nullptr, .dispose = nullptr, .owner = kOwner, .pressure = std::move(pressure), .cpus = 4}, box_), default_(server_.AddListener("")),
         shared_(server_.AddListener("shared")) {
     server_.Tick(now_);
   }
@@ -487,6 +487,7 @@ TEST_F(Tuned, WhoJoinsMaySpendMoreForAWhile) {
   Report(member);
   Pass(1000);
   EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 50}}));
+  Report(member, {{engine::kTunable_cpu_limit_percent, 50}});
   for (int i = 0; i < 15; ++i) Pass(1000);
   EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}}));
   // Two minutes in which nothing happens.
@@ -518,6 +519,7 @@ TEST_F(Tuned, AnOperatorEndsIt) {
   // For one: that one keeps it.
   AskToSet(op, engine::kTunable_cpu_limit_percent, 70, 51);
   EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_cpu_limit_percent, 70}}));
+  Pass(10);
   ASSERT_TRUE(Hear(op));
   for (int i = 0; i < 15; ++i) Pass(1000);
   EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}}));
@@ -528,12 +530,14 @@ TEST_F(Tuned, AnOperatorEndsIt) {
   // Something that is none of its business.
   AskToSet(op, engine::kTunable_smart_scan, 0);
   for (const ConnId conn : {member, other}) EXPECT_EQ(Told(conn), (TunedValues{{engine::kTunable_smart_scan, 0}}));
+  Pass(10);
   ASSERT_TRUE(Hear(op));
   EXPECT_NE(TunerOf(op), 0u);
   // For the domain: all of it is taken back, but what is set.
   AskToSet(op, engine::kTunable_sleep_millisecs, 77);
   EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}, {engine::kTunable_sleep_millisecs, 77}}));
   EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_sleep_millisecs, 77}}));
+  Pass(10);
   ASSERT_TRUE(Hear(op));
   EXPECT_EQ(TunerOf(op), 0u);
   for (int i = 0; i < 300; ++i) Pass(1000);
@@ -541,7 +545,7 @@ TEST_F(Tuned, AnOperatorEndsIt) {
   const ConnId later = Join(default_, kOwner, 52);
   Report(later);
   Pass(1000);
-  EXPECT_EQ(Told(later), (TunedValues{{engine::kTunable_sleep_millisecs, 77}}));
+  EXPECT_EQ(Told(later), (TunedValues{{engine::kTunable_sleep_millisecs, 77}, {engine::kTunable_smart_scan, 0}}));
 }
 
 }  // namespace

@@ -34,9 +34,9 @@ void Server::TendTuners(std::uint64_t* next) {
       seen.joined = scope.joined;
       seen.pages_saved = -static_cast<std::int64_t>(home->domain->frames_live());
       for (const Connection* member : home->connected) {
+        seen.members += member != nullptr;
         if (!member || !member->reported_at) continue;
         const wire::ReportEntry& report = member->report;
-        ++seen.members;
         seen.pages_saved += CounterAt(report, offsetof(ksmu_stats, pages_merged)) + CounterAt(report, offsetof(ksmu_stats, ksm_zero_pages));
         seen.pages_tracked += CounterAt(report, offsetof(ksmu_stats, pages_tracked));
         seen.pages_volatile += CounterAt(report, offsetof(ksmu_stats, pages_volatile));
