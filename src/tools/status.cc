@@ -7,6 +7,7 @@
 
 #include "engine/tunables.h"
 #include "ksmu/ksmu.h"
+#include "tools/balance.h"
 #include "tools/commands.h"
 #include "tools/operator.h"
 #include "tools/output.h"
@@ -19,21 +20,8 @@ using broker::control::DomainEntry;
 using broker::control::MemberEntry;
 
 static_assert(sizeof kReasonTexts / sizeof *kReasonTexts == KSMU_REASON_COUNT - 1);
-constexpr std::int64_t kBytesPerMapping = 270;  // of kernel memory, as in general_profit
 
 std::uint64_t Positive(std::int64_t n) { return n > 0 ? static_cast<std::uint64_t>(n) : 0; }
-
-// Of a domain: each frame is there once, whoever maps it. Reports are up to two seconds old, frames are now.
-struct Balance {
-  std::int64_t saved = 0, net = 0;  // bytes
-};
-Balance BalanceOf(const DomainEntry& domain, std::uint64_t page) {
-  const auto bytes = static_cast<std::int64_t>(page);
-  Balance balance;
-  balance.saved = (CounterOf(domain, "pages_merged") - static_cast<std::int64_t>(domain.frames) + CounterOf(domain, "ksm_zero_pages")) * bytes;
-  balance.net = balance.saved - CounterOf(domain, "metadata_bytes") - kBytesPerMapping * CounterOf(domain, "maps_used") - static_cast<std::int64_t>(domain.metadata_bytes);
-  return balance;
-}
 
 std::string Signed(std::int64_t bytes) { return bytes < 0 ? "-" + MiB(static_cast<std::uint64_t>(-bytes)) : MiB(static_cast<std::uint64_t>(bytes)); }
 

@@ -1,0 +1,24 @@
+// What a domain saves, as every command reckons it. Each frame is there once, whoever maps it. Reports of members are up to two
+// seconds old, frames are of now.
+#pragma once
+
+#include <cstdint>
+
+#include "tools/operator.h"
+
+namespace ksmu::tools {
+
+inline constexpr std::int64_t kBytesPerMapping = 270;  // of kernel memory, as in general_profit
+
+struct Balance {
+  std::int64_t saved = 0, net = 0;  // bytes; net: less what merging takes
+};
+inline Balance BalanceOf(const broker::control::DomainEntry& domain, std::uint64_t page) {
+  const auto bytes = static_cast<std::int64_t>(page);
+  Balance balance;
+  balance.saved = (CounterOf(domain, "pages_merged") - static_cast<std::int64_t>(domain.frames) + CounterOf(domain, "ksm_zero_pages")) * bytes;
+  balance.net = balance.saved - CounterOf(domain, "metadata_bytes") - kBytesPerMapping * CounterOf(domain, "maps_used") - static_cast<std::int64_t>(domain.metadata_bytes);
+  return balance;
+}
+
+}  // namespace ksmu::tools
