@@ -11,6 +11,10 @@ if(NOT KSMU_HAVE_SDT)
 endif()
 
 # Of the broker alone: the library and the shim make their few calls themselves.
+pkg_check_modules(FUSE3 IMPORTED_TARGET fuse3>=3.10)
+if(NOT FUSE3_FOUND)
+  message(STATUS "fuse3 not found (libfuse3-dev): ksmu-fs is not built")
+endif()
 pkg_check_modules(LIBNUMA IMPORTED_TARGET numa)
 if(LIBNUMA_FOUND)
   set(KSMU_LIBNUMA_LINK PkgConfig::LIBNUMA)

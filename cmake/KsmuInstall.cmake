@@ -16,6 +16,9 @@ install(TARGETS ksmu_static EXPORT ksmuStaticTargets
 if(TARGET ksmu_preload)
   install(TARGETS ksmu_preload LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT libksmu0)
   install(TARGETS ksmuctl ksmud RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT ksmu)
+  if(TARGET ksmu-fs)
+    install(TARGETS ksmu-fs RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT ksmu)
+  endif()
 endif()
 
 set(ksmu_cmake_dir "${CMAKE_INSTALL_LIBDIR}/cmake/ksmu")

@@ -4,7 +4,6 @@
   control_test.py alone KSMUD KSMUCTL            a broker without members
   control_test.py members KSMUD KSMUCTL SHIM     two members, under the shim
 """
-import json
 import os
 import re
 import signal
@@ -16,50 +15,12 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "preload"))
-from support import environment  # noqa: E402
+from control_support import PAGES, Broker, Checks, Member, usable, wait_for  # noqa: E402
+from support import environment, skip  # noqa: E402
 
-PAGES = 1024
 OTHER_USER = 12345
-passed, failed, skipped = [], [], []
-
-
-def check(name, good, detail=""):
-    (passed if good else failed).append(name)
-    if not good:
-        print(f"{name}: {detail}")
-
-
-class Broker:
-    def __init__(self, ksmud, ctl, directory):
-        os.chmod(directory, 0o755)
-        self.ctl_path, self.socket = ctl, directory + "/default.sock"
-        self.process = subprocess.Popen([ksmud, "--socket", self.socket, "--domain", "shared", "--log", "info"], stdin=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL, env=environment())
-        end = time.monotonic() + 20
-        while time.monotonic() < end and self.ctl("status")[0] != 0:
-            time.sleep(0.05)
-
-    def ctl(self, *arguments, before=None, place=True, limit=60):
-        command = [self.ctl_path, *arguments] + (["--socket", self.socket] if place else [])
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment(), timeout=limit, preexec_fn=before)
-        except subprocess.TimeoutExpired:
-            return None, "", "it did not end"
-        return done.returncode, done.stdout, done.stderr
-
-    def json(self, *arguments):
-        code, out, err = self.ctl(*arguments, "--json")
-        try:
-            return json.loads(out)
-        except json.JSONDecodeError:
-            return {"no JSON": out + err, "code": code}
-
-    def value(self, name, *more):
-        return self.ctl("get", name, *more)[1].strip()
-
-    def end(self):
-        self.process.terminate()
-        self.process.wait(20)
+checks = Checks()
+check = checks.check
 
 
 def expect(broker, name, arguments, code, said="", **more):
@@ -108,7 +69,9 @@ def bad_input(broker):
                         ("sleep_millisecs", "9223372036854775807"), ("thp_min_duplicates", "513")):
         expect(broker, f"{name} {value}", ["set", name, value], 1, "at the least")
     expect(broker, "merge_across_nodes as it is", ["set", "merge_across_nodes", "1"], 0)
-    expect(broker, "merge_across_nodes", ["set", "merge_across_nodes", "0"], 1, "--merge-across-nodes")
+    expect(broker, "merge_across_nodes", ["set", "merge_across_nodes", "0"], 0)
+    check("nodes are kept apart", broker.value("merge_across_nodes") == "0")
+    expect(broker, "merge_across_nodes as it was", ["set", "merge_across_nodes", "1"], 0)
     expect(broker, "a counter", ["set", "pages_shared", "1"], 4, "counter")
     expect(broker, "no such tunable", ["set", "nonsense", "1"], 5)
     expect(broker, "nothing", ["set", "", "1"], 5)
@@ -144,7 +107,7 @@ def two_at_once(broker):
 
 def permission(broker):
     if os.geteuid() != 0:
-        skipped.append(("permission", "needs root, to be somebody else"))
+        checks.skip("permission", "needs root, to be somebody else")
         return
 
     def somebody():
@@ -154,7 +117,7 @@ def permission(broker):
 
     probe = subprocess.run([broker.ctl_path, "--version"], preexec_fn=somebody, capture_output=True, check=False)
     if probe.returncode:
-        skipped.append(("permission", "the build is not readable by others"))
+        checks.skip("permission", "the build is not readable by others")
         return
     expect(broker, "another user looks at its own", ["status", "--json"], 0, f'"domain": "default/{OTHER_USER}"', before=somebody)
     expect(broker, "and not at root's", ["get", "run", "--user", "0"], 5, before=somebody)
@@ -169,7 +132,7 @@ def rude(broker):
     def packet(kind, number, body=b"", count=1, length=None, reserved=0):
         return struct.pack("=IHHII", 16 + len(body) if length is None else length, kind, count, number, reserved) + body
 
-    hello = packet(128, 1, struct.pack("=II", 1, 0))
+    hello = packet(128, 1, struct.pack("=II", 2, 0))
     cases = {"a question first": [packet(129, 1, bytes(8))], "hello twice": [hello, hello], "an unknown kind": [hello, packet(150, 2, bytes(8))],
              "a broker's kind": [packet(192, 1, bytes(40))], "a short one": [hello[:-1]], "a wrong length": [packet(128, 1, struct.pack("=II", 1, 0), length=20)],
              "no number": [packet(128, 0, struct.pack("=II", 1, 0))], "reserved bits": [packet(128, 1, struct.pack("=II", 1, 1))],
@@ -206,66 +169,10 @@ def rude(broker):
 
 # --- members -----------------------------------------------------------------------------------------------------------
 
-MEMBER = """
-import ctypes, mmap, sys
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-pages = int(sys.argv[1])
-at = libc.mmap(None, pages * 4096, 3, 0x22, -1, 0)
-libc.madvise(at, pages * 4096, 15)
-for i in range(pages):
-    ctypes.memmove(at + i * 4096, bytes([i % 251 + 1, i // 251 + 1]) * 2048, 4096) if i % 8 else ctypes.memset(at + i * 4096, 0, 4096)
-if libc.madvise(at, pages * 4096, 12):
-    print("no", flush=True)
-print(hex(at), flush=True)
-for line in sys.stdin:
-    good = all(ctypes.string_at(at + i * 4096, 4096) == (bytes([i % 251 + 1, i // 251 + 1]) * 2048 if i % 8 else bytes(4096)) for i in range(pages))
-    print("good" if good else "bad", flush=True)
-"""
-
-
-class Member:
-    def __init__(self, shim, where):
-        self.process = subprocess.Popen([sys.executable, "-c", MEMBER, str(PAGES)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env=environment(LD_PRELOAD=shim, KSMU_BROKER=where, KSMU_SLEEP_MILLISECS="1", KSMU_CPU_LIMIT_PERCENT="50"))
-        self.pid, self.start = self.process.pid, self.process.stdout.readline().strip()
-
-    def is_right(self):
-        self.process.stdin.write("?\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline().strip() == "good"
-
-    def end(self):
-        self.process.send_signal(signal.SIGCONT)
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-
-def wait_for(what, seconds=40):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if what():
-            return True
-        time.sleep(0.2)
-    return False
-
-
-def usable(shim):
-    code = "import ctypes;k=ctypes.CDLL('libksmu.so.0');k.ksmu_last_error.restype=ctypes.c_char_p;print(k.ksmu_start(None,0) or '', k.ksmu_last_error().decode())"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(LD_PRELOAD=shim, KSMU_BROKER="none", LD_LIBRARY_PATH=os.path.dirname(shim)),
-                          capture_output=True, text=True, timeout=60, check=False)
-    return done.returncode == 0 and not done.stdout.strip(), done.stdout.strip() or done.stderr.strip()
-
-
 def members(ksmud, ctl, shim):
     good, why = usable(shim)
     if not good:
-        print(f"skipped: the library cannot start here: {why}")
-        sys.exit(77)
+        skip(f"the library cannot start here: {why}")
     with tempfile.TemporaryDirectory(prefix="ksmu-control-") as directory:
         broker = Broker(ksmud, ctl, directory)
         both = []
@@ -347,14 +254,7 @@ def with_members(broker, both, shim):
 def main():
     what, *rest = sys.argv[1:]
     {"alone": alone, "members": members}[what](*rest)
-    for name, why in skipped:
-        print(f"skipped: {name}: {why}")
-    print(f"{len(passed)} passed, {len(failed)} failed, {len(skipped)} skipped")
-    for name in failed:
-        print("FAILED", name)
-    sys.exit(1 if failed else 0)
+    checks.finish()
 
 
-# metrics_test.py has its broker and its members from here.
-if __name__ == "__main__":
-    main()
+main()

@@ -16,9 +16,9 @@ import sys
 import tempfile
 import time
 
-import control_test as control
-from control_test import Broker, Member, check, expect, wait_for
-from support import environment
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "preload"))
+from control_support import PAGES, Broker, Checks, Member, usable, wait_for  # noqa: E402
+from support import environment, skip  # noqa: E402
 
 SOURCE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OPEN, PLAIN = "application/openmetrics-text; version=1.0.0; charset=utf-8", "text/plain; version=0.0.4; charset=utf-8"
@@ -28,6 +28,9 @@ SCRAPE = ("GET /metrics HTTP/1.1\r\nHost: localhost\r\nUser-Agent: Prometheus/2.
 LABEL = r'([a-z_]+)="((?:[^"\\\n]|\\[\\"n])*)"'
 SAMPLE = re.compile(rf"(ksmu_[a-z0-9_]+)(?:\{{({LABEL}(?:,{LABEL})*)\}})? (-?[0-9]+(?:\.[0-9]+)?)")
 UNITS = ("bytes", "seconds", "ratio")
+OTHER_USER = 12345
+checks = Checks()
+check = checks.check
 ONE_UP = "# HELP ksmu_up 1 if the broker answers, else 0.\n# TYPE ksmu_up gauge\nksmu_up {}\n"
 
 
@@ -83,6 +86,11 @@ class Text:
 
     def labels(self, name):
         return [dict(labels) for n, labels in self.values if n == name]
+
+
+def expect(broker, name, arguments, code, said="", **more):
+    got = broker.ctl(*arguments, **more)
+    check(name, got[0] == code and re.search(said, got[2] if code else got[1]), f"{arguments}: {got}, not {code} {said}")
 
 
 def metrics(broker, *arguments, name="metrics", code=0):
@@ -141,24 +149,24 @@ def bad_options(broker, directory):
 
 def others(broker):
     if os.geteuid() != 0:
-        control.skipped.append(("another user", "needs root, to be somebody else"))
+        checks.skip("another user", "needs root, to be somebody else")
         return
 
     def somebody():
         os.setgroups([])
-        os.setresgid(control.OTHER_USER, control.OTHER_USER, control.OTHER_USER)
-        os.setresuid(control.OTHER_USER, control.OTHER_USER, control.OTHER_USER)
+        os.setresgid(OTHER_USER, OTHER_USER, OTHER_USER)
+        os.setresuid(OTHER_USER, OTHER_USER, OTHER_USER)
 
     try:
         probe = subprocess.run([broker.ctl_path, "--version"], preexec_fn=somebody, capture_output=True, check=False).returncode
     except PermissionError:
         probe = 1
     if probe:
-        control.skipped.append(("another user", "the build is not readable by others"))
+        checks.skip("another user", "the build is not readable by others")
         return
     got, out, err = broker.ctl("metrics", before=somebody)
     text = Text(out, True)
-    check("another user is shown its own", got == 0 and {l["domain"] for l in text.labels("ksmu_saved_bytes")} == {f"default/{control.OTHER_USER}"}, (got, out, err))
+    check("another user is shown its own", got == 0 and {l["domain"] for l in text.labels("ksmu_saved_bytes")} == {f"default/{OTHER_USER}"}, (got, out, err))
 
 
 # --- HTTP ----------------------------------------------------------------------------------------------------------------
@@ -378,10 +386,9 @@ OTHERS = {"ksmu_up", "ksmu_frames_limit_bytes", "ksmu_unmerged_bytes", "ksmu_mem
 
 
 def members(ksmud, ctl, shim):
-    good, why = control.usable(shim)
+    good, why = usable(shim)
     if not good:
-        print(f"skipped: the library cannot start here: {why}")
-        sys.exit(77)
+        skip(f"the library cannot start here: {why}")
     with tempfile.TemporaryDirectory(prefix="ksmu-metrics-") as directory:
         broker = Broker(ksmud, ctl, directory)
         both = []
@@ -403,8 +410,8 @@ def members(ksmud, ctl, shim):
 
 def with_members(broker, both, directory):
     check("two members", wait_for(lambda: len(broker.json("members")) == 2), broker.json("members"))
-    check("merged", wait_for(lambda: control.merged(broker) >= 2 * control.PAGES * 7 // 8), broker.ctl("status"))
-    check("zero", wait_for(lambda: int(broker.value("ksm_zero_pages")) >= 2 * control.PAGES // 8), broker.value("ksm_zero_pages"))
+    check("merged", wait_for(lambda: int(broker.value("pages_merged") or -1) >= 2 * PAGES * 7 // 8), broker.ctl("status"))
+    check("zero", wait_for(lambda: int(broker.value("ksm_zero_pages")) >= 2 * PAGES // 8), broker.value("ksm_zero_pages"))
     text = metrics(broker, "--members")
     agrees(broker)
     domain = text.labels("ksmu_saved_bytes")[0]["domain"]
@@ -504,7 +511,7 @@ def promtool(broker, directory):
     expect(broker, "a file with members", ["metrics", "--members", "--textfile", path], 0)
     check("the text format, with members", not Text(read(path), False).wrong, Text(read(path), False).wrong)
     if not shutil.which("promtool"):
-        control.skipped.append(("promtool", "promtool (of Debian's package prometheus) is not installed"))
+        checks.skip("promtool", "promtool (of Debian's package prometheus) is not installed")
         return
     for name, text, want in (("takes the file", read(path), True), ("would see a fault", read(path).replace("_total", "_sum"), False)):
         done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60, check=False)
@@ -532,12 +539,7 @@ def unread(broker):
 def main():
     what, *rest = sys.argv[1:]
     {"alone": alone, "members": members}[what](*rest)
-    for name, why in control.skipped:
-        print(f"skipped 1: {name}: {why}")
-    print(f"{len(control.passed)} passed, {len(control.failed)} failed, {len(control.skipped)} skipped")
-    for name in control.failed:
-        print("FAILED", name)
-    sys.exit(1 if control.failed else 0)
+    checks.finish()
 
 
 main()

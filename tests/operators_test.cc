@@ -10,8 +10,10 @@
 #include <vector>
 
 #include "broker/control.h"
+#include "broker/nodes.h"
 #include "broker/server.h"
 #include "broker_server_client.h"
+#include "content/content.h"
 #include "engine/tunables.h"
 
 namespace ksmu::broker {
@@ -37,8 +39,8 @@ class Box final : public Outbox {
 
 class Operators : public testing::Test {
  protected:
-  Operators()
-      : server_({.page_bytes = test::kPage, .seed = 1, .log = nullptr, .dispose = nullptr, .owner = kOwner}, box_), default_(server_.AddListener("")),
+  explicit Operators(std::function<Pressure()> pressure = nullptr)
+      : server_({.page_bytes = test::kPage, .seed = 1, .log = nullptr, .dispose = nullptr, .owner = kOwner, .pressure = std::move(pressure)}, box_), default_(server_.AddListener("")),
         shared_(server_.AddListener("shared")) {
     server_.Tick(now_);
   }
@@ -50,9 +52,23 @@ class Operators : public testing::Test {
     join->join = {wire::kVersion, test::kPage, 4, 0};
     std::vector<Fd> ring;
     ring.push_back(test::MakeRing(4));
+    const test::Mapping pages(ring[0].get(), 4 * test::kPage, PROT_READ | PROT_WRITE);
+    for (std::size_t i = 0; i < 4; ++i) std::memcpy(pages.data() + i * test::kPage, test::MakePage(i).data(), test::kPage);
     FromMember(conn, *join, std::move(ring));
-    EXPECT_EQ(HearMember(conn)->header.kind, wire::Kind::kJoined);
+    const auto joined = HearMember(conn);
+    EXPECT_EQ(joined->header.kind, wire::Kind::kJoined);
+    joined_by_node_ = joined->joined.by_node != 0;
     return conn;
+  }
+  // The frame that it gets for what lies at `place` in its ring, which is another page at every place; or none.
+  std::uint32_t Publish(ConnId conn, std::uint32_t place) {
+    auto settle = std::make_unique<wire::Message>();
+    settle->header = {0, wire::Kind::kSettle, 1, ++settled_, 0};
+    settle->settle[0] = {wire::SettleEntry::kPublish, test::HashOf(test::MakePage(place), content::SeedOfNode(1, 0)), place, 0};
+    FromMember(conn, *settle);
+    const auto answer = HearMember(conn);
+    EXPECT_EQ(answer->header.kind, wire::Kind::kSettled);
+    return answer->words[0];
   }
   void FromMember(ConnId conn, const wire::Message& message, std::vector<Fd> descriptors = {}) {
     std::vector<std::byte> packet(wire::kMaxPacket);
@@ -124,6 +140,8 @@ class Operators : public testing::Test {
   std::uint64_t now_ = kMs;
   std::uint32_t default_, shared_, own_ = 0;
   ConnId last_ = 0;
+  std::uint32_t settled_ = 0;
+  bool joined_by_node_ = false;
   Message out_, in_;
 };
 
@@ -183,10 +201,119 @@ TEST_F(Operators, WhatMayBeSetIsByRulesAndRights) {
     EXPECT_EQ(SetFails(conn, engine::kTunable_run, -1), EINVAL);
     EXPECT_EQ(SetFails(conn, engine::kTunableCount, 1), ENOENT);
     EXPECT_EQ(SetFails(conn, engine::kTunable_run, 1, 5), ESRCH);
-    EXPECT_EQ(SetFails(conn, engine::kTunable_merge_across_nodes, 0), EOPNOTSUPP);
   }
   EXPECT_EQ(SetFails(owner, engine::kTunable_advisor_mode, 1), 0);
   EXPECT_EQ(SetFails(owner, engine::kTunable_pages_to_scan, 5), EINVAL);
+}
+
+// What is set for all is in every domain, and in those to come; and says so for all in one answer.
+TEST_F(Operators, SetForAllDomains) {
+  const ConnId one = Join(default_, kOwner, 50), two = Join(shared_, kOther, 51), owner = Operate(default_, kOwner), other = Operate(default_, kOther);
+  const auto for_all = [&](ConnId conn, std::uint32_t tunable, std::int64_t value) {
+    out_.header = control::MakeHeader(Kind::kSet, 1, 2);
+    out_.set = {control::kNoDomain, 0, tunable, 0, value};
+    Ask(conn);
+  };
+  for_all(other, engine::kTunable_smart_scan, 0);
+  EXPECT_EQ(Failure(other), EPERM);
+  for_all(owner, engine::kTunable_smart_scan, 2);
+  EXPECT_EQ(Failure(owner), EINVAL);
+  for_all(owner, engine::kTunable_smart_scan, 0);
+  EXPECT_FALSE(Hear(owner));
+  for (const ConnId member : {one, two}) {
+    const auto told = HearMember(member);
+    ASSERT_EQ(told->header.kind, wire::Kind::kTune);
+    ASSERT_EQ(told->header.count, 1);
+    EXPECT_EQ(told->tune[0].tunable, engine::kTunable_smart_scan);
+    EXPECT_EQ(told->tune[0].value, 0);
+    EXPECT_FALSE(Hear(owner)) << "answered before all have";
+    AnswerTuned(member, *told, member == two ? EBUSY : 0);
+    Pass(10);
+  }
+  ASSERT_TRUE(Hear(owner));
+  EXPECT_EQ(in_.done.done, 1u);
+  EXPECT_EQ(in_.done.refused, 1u);
+  EXPECT_EQ(in_.done.failures[0].pid, 51u);
+  // One that comes later, to a domain that there was not.
+  const ConnId later = Join(default_, 1234, 52);
+  const auto told = HearMember(later);
+  ASSERT_EQ(told->header.kind, wire::Kind::kTune);
+  EXPECT_EQ(told->tune[0].tunable, engine::kTunable_smart_scan);
+  out_.header = control::MakeHeader(Kind::kDefaults, 1, 3);
+  out_.word = 0;
+  Ask(owner);
+  ASSERT_TRUE(Hear(owner) && in_.kind() == Kind::kDefaultsAre);
+  EXPECT_EQ(in_.defaults.set, 1u << engine::kTunable_smart_scan);
+  EXPECT_EQ(in_.defaults.tunables[engine::kTunable_smart_scan], 0);
+  EXPECT_EQ(in_.defaults.tunables[engine::kTunable_run], 1);
+}
+
+// Domains that have got nothing of their own are forgotten all the same.
+TEST_F(Operators, DomainsAreForgottenAfterSomethingWasSetForAll) {
+  const ConnId owner = Operate(default_, kOwner);
+  out_.header = control::MakeHeader(Kind::kSet, 1, 2);
+  out_.set = {control::kNoDomain, 0, engine::kTunable_smart_scan, 0, 0};
+  Ask(owner);
+  ASSERT_TRUE(Hear(owner) && in_.kind() == Kind::kSetDone);
+  const ConnId member = Join(default_, 1234, 52);
+  const auto count = [&] {
+    out_.header = control::MakeHeader(Kind::kDomains, 1, 4);
+    out_.word = 0;
+    Ask(owner);
+    EXPECT_TRUE(Hear(owner));
+    return in_.header.count;
+  };
+  EXPECT_EQ(count(), 2);
+  server_.Disconnected(member);
+  Pass(2000);
+  Pass(2000);
+  EXPECT_EQ(count(), 1);
+}
+
+TEST_F(Operators, TheLimitOfFramesIsOfNow) {
+  const ConnId member = Join(default_, kOwner, 50), owner = Operate(default_, kOwner), other = Operate(default_, kOther);
+  const auto limit = [&](ConnId conn, std::uint64_t frames) {
+    out_.header = control::MakeHeader(Kind::kLimit, 1, 2);
+    out_.word = frames;
+    Ask(conn);
+    return Failure(conn);
+  };
+  EXPECT_EQ(limit(other, 5), EPERM);
+  EXPECT_EQ(limit(owner, 1), 0);
+  EXPECT_NE(Publish(member, 0), wire::kNoFrame);
+  EXPECT_EQ(Publish(member, 1), wire::kNoFrame);
+  EXPECT_EQ(limit(owner, 0), 0);
+  EXPECT_NE(Publish(member, 1), wire::kNoFrame);
+}
+
+// While nothing is shared: members are let go, and what they join then is another domain, by another rule.
+TEST_F(Operators, NodesAreKeptApartFromNowOn) {
+  const ConnId member = Join(default_, kOwner, 50), owner = Operate(default_, kOwner);
+  const std::uint32_t frame = Publish(member, 0);
+  ASSERT_NE(frame, wire::kNoFrame);
+  EXPECT_EQ(SetFails(owner, engine::kTunable_merge_across_nodes, 0), EBUSY);
+  EXPECT_EQ(SetFails(owner, engine::kTunable_merge_across_nodes, 1), 0) << "as it is";
+  auto drop = std::make_unique<wire::Message>();
+  for (const auto kind : {wire::Kind::kDrop, wire::Kind::kRelease}) {
+    drop->header = {0, kind, 1, 0, 0};
+    drop->words[0] = frame;
+    FromMember(member, *drop);
+  }
+  Pass(10);
+  if (const char* why = nodes::WhyNot()) {
+    EXPECT_EQ(SetFails(owner, engine::kTunable_merge_across_nodes, 0), EOPNOTSUPP);
+    GTEST_SKIP() << why;
+  }
+  EXPECT_EQ(SetFails(owner, engine::kTunable_merge_across_nodes, 0), 0);
+  EXPECT_FALSE(box_.dropped[member].empty());
+  const ConnId again = Join(default_, kOwner, 50);
+  EXPECT_TRUE(joined_by_node_);
+  EXPECT_NE(Publish(again, 0), wire::kNoFrame);
+  EXPECT_EQ(SetFails(owner, engine::kTunable_merge_across_nodes, 1), EBUSY);
+  // What was there before goes when nobody can have it mapped any more, and takes nothing of the new one with it.
+  for (int i = 0; i < 5; ++i) Pass(1000);
+  EXPECT_EQ(server_.Status().size(), 1u);
+  EXPECT_EQ(server_.Status()[0].frames, 1u);
 }
 
 TEST_F(Operators, OthersAreShownTheirOwnDomainAlone) {
@@ -319,6 +446,102 @@ TEST_F(Operators, WhoTakesNoAnswersIsDropped) {
   Ask(more);
   EXPECT_EQ(Failure(more), EAGAIN);
   EXPECT_NE(box_.dropped[more], "");
+}
+
+// With a tuner, on a machine that has memory enough.
+class Tuned : public Operators {
+ protected:
+  Tuned() : Operators([] { return Pressure{100u << 20, 90u << 20, -1}; }) {}
+  // What it reports: everything as it is at first, but for this.
+  void Report(ConnId conn, std::map<std::uint32_t, std::int64_t> but = {}) {
+    auto report = std::make_unique<wire::Message>();
+    report->header = {0, wire::Kind::kReport, 1, 0, 0};
+    for (std::size_t t = 0; t < engine::kTunableCount; ++t) report->report.tunables[t] = engine::kTunableRules[t].preset;
+    for (const auto& [tunable, value] : but) report->report.tunables[tunable] = value;
+    FromMember(conn, *report);
+  }
+  // What it has been told since the last time, by tunable; it has done it.
+  std::map<std::uint32_t, std::int64_t> Told(ConnId conn) {
+    std::map<std::uint32_t, std::int64_t> told;
+    for (;;) {
+      const auto message = HearMember(conn);
+      if (message->header.kind != wire::Kind::kTune) return told;
+      for (std::size_t i = 0; i < message->header.count; ++i) told[message->tune[i].tunable] = message->tune[i].value;
+      AnswerTuned(conn, *message, 0);
+    }
+  }
+  std::uint32_t TunerOf(ConnId op) {
+    out_.header = control::MakeHeader(Kind::kDomains, 1, 4);
+    out_.word = own_ - 1;
+    Ask(op);
+    EXPECT_TRUE(Hear(op) && in_.kind() == Kind::kDomainsAre);
+    return in_.domains[0].tuner;
+  }
+};
+using TunedValues = std::map<std::uint32_t, std::int64_t>;
+
+TEST_F(Tuned, WhoJoinsMaySpendMoreForAWhile) {
+  const ConnId member = Join(default_, kOwner, 50);
+  Pass(1000);
+  EXPECT_EQ(Told(member), TunedValues{}) << "nothing before it has said what it has";
+  Report(member);
+  Pass(1000);
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 50}}));
+  for (int i = 0; i < 15; ++i) Pass(1000);
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}}));
+  // Two minutes in which nothing happens.
+  for (int i = 0; i < 120; ++i) Pass(1000);
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 2}, {engine::kTunable_sleep_millisecs, 1000}}));
+}
+
+TEST_F(Tuned, AProgramsOwnWishIsLeftAlone) {
+  const ConnId own = Join(default_, kOwner, 50), later = Join(default_, kOwner, 51);
+  Report(own, {{engine::kTunable_cpu_limit_percent, 33}});
+  Report(later);
+  Pass(1000);
+  EXPECT_EQ(Told(own), TunedValues{});
+  EXPECT_EQ(Told(later), (TunedValues{{engine::kTunable_cpu_limit_percent, 50}}));
+  // It has another idea after all.
+  Pass(10);
+  Report(later, {{engine::kTunable_cpu_limit_percent, 44}});
+  for (int i = 0; i < 20; ++i) Pass(1000);
+  EXPECT_EQ(Told(later), TunedValues{});
+}
+
+TEST_F(Tuned, AnOperatorEndsIt) {
+  const ConnId member = Join(default_, kOwner, 50), other = Join(default_, kOwner, 51), op = Operate(default_, kOwner);
+  for (const ConnId conn : {member, other}) Report(conn);
+  Pass(1000);
+  for (const ConnId conn : {member, other}) EXPECT_EQ(Told(conn), (TunedValues{{engine::kTunable_cpu_limit_percent, 50}}));
+  EXPECT_EQ(control::kTunerWords > TunerOf(op) ? TunerOf(op) : 0, 1 + static_cast<std::uint32_t>(Tuner::State::kJoined));
+  EXPECT_EQ(in_.domains[0].tunables[engine::kTunable_cpu_limit_percent], 50);
+  // For one: that one keeps it.
+  AskToSet(op, engine::kTunable_cpu_limit_percent, 70, 51);
+  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_cpu_limit_percent, 70}}));
+  ASSERT_TRUE(Hear(op));
+  for (int i = 0; i < 15; ++i) Pass(1000);
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}}));
+  EXPECT_EQ(Told(other), TunedValues{});
+  for (int i = 0; i < 120; ++i) Pass(1000);
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 2}, {engine::kTunable_sleep_millisecs, 1000}}));
+  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_sleep_millisecs, 1000}}));
+  // Something that is none of its business.
+  AskToSet(op, engine::kTunable_smart_scan, 0);
+  for (const ConnId conn : {member, other}) EXPECT_EQ(Told(conn), (TunedValues{{engine::kTunable_smart_scan, 0}}));
+  ASSERT_TRUE(Hear(op));
+  EXPECT_NE(TunerOf(op), 0u);
+  // For the domain: all of it is taken back, but what is set.
+  AskToSet(op, engine::kTunable_sleep_millisecs, 77);
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}, {engine::kTunable_sleep_millisecs, 77}}));
+  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_sleep_millisecs, 77}}));
+  ASSERT_TRUE(Hear(op));
+  EXPECT_EQ(TunerOf(op), 0u);
+  for (int i = 0; i < 300; ++i) Pass(1000);
+  EXPECT_EQ(Told(member), TunedValues{});
+  const ConnId later = Join(default_, kOwner, 52);
+  Report(later);
+  Pass(1000);
+  EXPECT_EQ(Told(later), (TunedValues{{engine::kTunable_sleep_millisecs, 77}}));
 }
 
 }  // namespace

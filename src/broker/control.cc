@@ -20,16 +20,20 @@ constexpr Form kForms[] = {
     {Kind::kMembers, Sender::kOperator, 1, 1, sizeof(MembersQuestion)},
     {Kind::kSet, Sender::kOperator, 1, 1, sizeof(SetQuestion)},
     {Kind::kExplain, Sender::kOperator, 1, 1, sizeof(ExplainQuestion)},
+    {Kind::kLimit, Sender::kOperator, 1, 1, sizeof(std::uint64_t)},
+    {Kind::kDefaults, Sender::kOperator, 1, 1, sizeof(std::uint64_t)},
     {Kind::kWelcome, Sender::kBroker, 1, 1, sizeof(WelcomeEntry)},
     {Kind::kDomainsAre, Sender::kBroker, 0, kMaxDomains, sizeof(DomainEntry)},
     {Kind::kMembersAre, Sender::kBroker, 0, kMaxMembers, sizeof(MemberEntry)},
     {Kind::kSetDone, Sender::kBroker, 1, 1, sizeof(SetEntry)},
     {Kind::kExplained, Sender::kBroker, 0, wire::kMaxRegions, sizeof(wire::RegionEntry)},
     {Kind::kFailed, Sender::kBroker, 1, 1, sizeof(std::uint64_t)},
+    {Kind::kDefaultsAre, Sender::kBroker, 1, 1, sizeof(DefaultsEntry)},
 };
 // Whole entries are sent: there is nothing in them that nobody has written.
-static_assert(sizeof(DomainEntry) == kNameBytes + 72 + 8 * (wire::kTunableSlots + wire::kCounterSlots));
+static_assert(sizeof(DomainEntry) == kNameBytes + 80 + 8 * (wire::kTunableSlots + wire::kCounterSlots));
 static_assert(sizeof(MemberEntry) == 48 + 8 * (wire::kTunableSlots + wire::kCounterSlots));
+static_assert(sizeof(DefaultsEntry) == 24 + 8 * wire::kTunableSlots);
 static_assert(sizeof(WelcomeEntry) == 40 && sizeof(SetQuestion) == 24 && sizeof(ExplainQuestion) == 16 && sizeof(SetEntry) == 16 + 8 * kMaxFailures);
 
 const Form* FormOf(Kind kind) {
@@ -41,6 +45,7 @@ void* Entries(Message& m) {
   switch (m.kind()) {
     case Kind::kOperate: return &m.operate;
     case Kind::kWelcome: return &m.welcome;
+    case Kind::kDefaultsAre: return &m.defaults;
     case Kind::kMembers: return &m.members_of;
     case Kind::kSet: return &m.set;
     case Kind::kSetDone: return &m.done;
@@ -57,6 +62,7 @@ const char* CheckDomains(const Message& m) {
   for (std::size_t i = 0; i < m.header.count; ++i) {
     const DomainEntry& e = m.domains[i];
     if (e.domain <= last) return "domains out of order";
+    if (e.tuner >= kTunerWords || e.reserved) return "a tuner out of range";
     if (e.name.back() != 0 || std::any_of(std::find(e.name.begin(), e.name.end(), 0), e.name.end(), [](char c) { return c != 0; })) {
       return "a name without an end";
     }
@@ -85,6 +91,9 @@ const char* CheckEntries(const Message& m) {
   switch (m.kind()) {
     case Kind::kOperate: return m.operate.reserved ? "reserved bits of an operator's first message" : nullptr;
     case Kind::kDomains: return m.word > ~std::uint32_t{0} ? "a domain out of range" : nullptr;
+    case Kind::kLimit: return nullptr;
+    case Kind::kDefaults: return m.word ? "reserved bits of a question" : nullptr;
+    case Kind::kDefaultsAre: return m.defaults.reserved ? "reserved bits of an answer" : nullptr;
     case Kind::kMembers: return m.members_of.reserved ? "reserved bits of a question" : nullptr;
     case Kind::kSet:
       if (m.set.reserved) return "reserved bits of a question";
@@ -108,6 +117,12 @@ const char* CheckEntries(const Message& m) {
 
 std::string_view NameOf(const DomainEntry& entry) {
   return {entry.name.data(), static_cast<std::size_t>(std::find(entry.name.begin(), entry.name.end(), 0) - entry.name.begin())};
+}
+
+std::string_view TunerWord(const DomainEntry& entry) {
+  // In the order of Tuner::State.
+  static constexpr std::string_view kWords[kTunerWords] = {"off", "calm", "joined", "pressed", "idle", "resting"};
+  return kWords[entry.tuner];
 }
 
 const char* Decode(const std::byte* packet, std::size_t bytes, Sender from, Message* out) {

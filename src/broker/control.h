@@ -15,11 +15,11 @@
 
 namespace ksmu::broker::control {
 
-inline constexpr std::uint32_t kVersion = 1;
+inline constexpr std::uint32_t kVersion = 2;
 inline constexpr std::size_t kMaxDomains = 8, kMaxMembers = 8;  // of one answer
 inline constexpr std::size_t kMaxFailures = 64;                 // that are named
 inline constexpr std::size_t kNameBytes = 96;
-inline constexpr std::uint32_t kNoDomain = 0;                   // their numbers begin with 1
+inline constexpr std::uint32_t kNoDomain = 0;                   // their numbers begin with 1; in a kSet: all that there are and will be
 
 enum class Kind : std::uint16_t {
   // from an operator; each is numbered, and answered under its number
@@ -28,6 +28,8 @@ enum class Kind : std::uint16_t {
   kMembers,        // one MembersQuestion. Answered by kMembersAre, or kFailed
   kSet,            // one SetQuestion. Answered by kSetDone, or kFailed
   kExplain,        // one ExplainQuestion. Answered by kExplained, or kFailed
+  kLimit,          // one word64: the most frames of all domains together, 0 without a limit. Answered by kSetDone, or kFailed
+  kDefaults,       // one word64, 0. Answered by kDefaultsAre
   // from the broker
   kWelcome = 192,  // one WelcomeEntry
   kDomainsAre,     // DomainEntry, in the order of their numbers. None: there are no more
@@ -35,6 +37,7 @@ enum class Kind : std::uint16_t {
   kSetDone,        // one SetEntry, and in failures[] those who have refused: see there
   kExplained,      // wire::RegionEntry; the last one says where to go on. None: there are no more
   kFailed,         // one word64: an errno
+  kDefaultsAre,    // one DefaultsEntry
 };
 enum class Sender { kOperator, kBroker };
 
@@ -53,12 +56,22 @@ struct WelcomeEntry {
   std::uint64_t most_frames = 0;             // of all domains together
 };
 
+// Of the broker as a whole: what a domain begins with.
+struct DefaultsEntry {
+  std::uint32_t set = 0;  // a bit for each tunable that has been set for all
+  std::uint32_t reserved = 0;
+  std::uint64_t most_frames = 0, frames = 0;
+  std::array<std::int64_t, wire::kTunableSlots> tunables{};
+};
+
 struct DomainEntry {
   std::array<char, kNameBytes> name{};  // bytes; zeros behind its end, of which there is one at least
   std::uint32_t domain = kNoDomain;
   std::uint32_t set = 0;                // a bit for each tunable that has been set for it
   std::uint64_t members = 0, left = 0, frames = 0, places = 0, metadata_bytes = 0, wanted_lost = 0, cpu_ns = 0;
   std::uint64_t silent = 0;             // members that have not reported yet
+  std::uint32_t tuner = 0;              // 0: off; else what it thinks of the domain: TunerWord
+  std::uint32_t reserved = 0;
   std::array<std::int64_t, wire::kTunableSlots> tunables{};  // what has been set, else what members begin with
   std::array<std::int64_t, wire::kCounterSlots> counters{};  // of all its members, added up; the gate's times: the longest
 };
@@ -111,6 +124,7 @@ struct Message {
   Kind kind() const { return static_cast<Kind>(header.kind); }
   OperateEntry operate;
   WelcomeEntry welcome;
+  DefaultsEntry defaults;
   MembersQuestion members_of;
   SetQuestion set;
   SetEntry done;
@@ -131,6 +145,8 @@ inline wire::Header MakeHeader(Kind kind, std::size_t count, std::uint32_t numbe
   return {0, static_cast<wire::Kind>(kind), static_cast<std::uint16_t>(count), number, 0};
 }
 std::string_view NameOf(const DomainEntry& entry);
+std::string_view TunerWord(const DomainEntry& entry);
+inline constexpr std::uint32_t kTunerWords = 6;
 
 // As wire.h's.
 const char* Decode(const std::byte* packet, std::size_t bytes, Sender from, Message* out);

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <utility>
 
+#include "broker/nodes.h"
 #include "broker/server.h"
 #include "engine/tunables.h"
 #include "ksmu/ksmu.h"
@@ -30,6 +31,11 @@ bool IsLongest(std::size_t counter) {
   constexpr std::size_t kMax = offsetof(ksmu_stats, gate_max_us) / sizeof(std::int64_t), kP99 = offsetof(ksmu_stats, gate_p99_us) / sizeof(std::int64_t);
   return counter == kMax || counter == kP99;
 }
+// Two tuners are one too many.
+bool IsTuners(std::uint32_t tunable) {
+  return tunable == engine::kTunable_run || tunable == engine::kTunable_pages_to_scan || tunable == engine::kTunable_sleep_millisecs ||
+         tunable == engine::kTunable_cpu_limit_percent || tunable == engine::kTunable_advisor_mode;
+}
 }  // namespace
 
 // --- who asks --------------------------------------------------------------------------------------------------------
@@ -46,6 +52,8 @@ void Server::ReceivedFromOperator(Connection& conn, const std::byte* packet, std
     case Kind::kDomains: return ListDomains(conn);
     case Kind::kMembers: return ListMembers(conn);
     case Kind::kSet: return SetTunable(conn);
+    case Kind::kLimit: return SetLimit(conn);
+    case Kind::kDefaults: return TellDefaults(conn);
     default: return BeginExplaining(conn);
   }
 }
@@ -64,8 +72,8 @@ void Server::Operate(Connection& conn) {
   conn.op->may_write = known && (conn.who.uid == 0 || config_.owner == std::int64_t{conn.who.uid});
   conn.op->own = KeyOf(conn);
   reply_->header = control::MakeHeader(Kind::kWelcome, 1, question_->header.number);
-  reply_->welcome = {control::kVersion, static_cast<std::uint32_t>(config_.page_bytes), conn.op->may_write, config_.by_node,
-                     sizeof(ksmu_stats) / sizeof(std::int64_t), kTunableCount, control::kNoDomain, 0, config_.most_frames};
+  reply_->welcome = {control::kVersion, static_cast<std::uint32_t>(config_.page_bytes), conn.op->may_write, by_node_,
+                     sizeof(ksmu_stats) / sizeof(std::int64_t), kTunableCount, control::kNoDomain, 0, most_frames_};
   if (known || !listeners_[conn.listener].empty()) reply_->welcome.own_domain = ScopeFor(conn.op->own, NameOf(conn)).number;
   AnswerOperator(conn);
 }
@@ -94,6 +102,10 @@ Server::Scope& Server::ScopeFor(const HomeKey& key, const std::string& name) {
   scope.number = last_scope_;
   scope.key = key;
   scope.name = name;
+  scope.values = defaults_.values;
+  for (std::size_t t = 0; t < kTunableCount; ++t) scope.versions[t] = defaults_.versions[t] ? 1 : 0;
+  scope.version = defaults_.version ? 1 : 0;
+  scope.tuned_by_others = defaults_.tuned_by_others;
   numbers_[key] = last_scope_;
   return scope;
 }
@@ -101,7 +113,9 @@ Server::Scope& Server::ScopeFor(const HomeKey& key, const std::string& name) {
 // Unless it is needed: by members, by what was set for those to come, by operators whose own it is.
 void Server::ForgetScope(const HomeKey& key) {
   const auto found = numbers_.find(key);
-  if (found == numbers_.end() || homes_.count(key) || scopes_.at(found->second).version) return;
+  if (found == numbers_.end() || homes_.count(key) || scopes_.at(found->second).own) return;
+  const auto is_its = [&](const std::unique_ptr<Home>& home) { return home->scope->number == found->second; };
+  if (std::any_of(retired_.begin(), retired_.end(), is_its)) return;
   if (std::any_of(operators_.begin(), operators_.end(), [&](ConnId id) { return connections_.at(id)->op->own == key; })) return;
   scopes_.erase(found->second);
   numbers_.erase(found);
@@ -135,7 +149,12 @@ void Server::FillDomain(const Scope& scope, control::DomainEntry* entry) const {
   entry->domain = scope.number;
   for (std::size_t t = 0; t < kTunableCount; ++t) {
     if (scope.versions[t]) entry->set |= 1u << t;
-    entry->tunables[t] = scope.versions[t] ? scope.values[t] : t == engine::kTunable_merge_across_nodes ? !config_.by_node : kTunableRules[t].preset;
+    entry->tunables[t] = scope.versions[t] ? scope.values[t] : t == engine::kTunable_merge_across_nodes ? !by_node_ : kTunableRules[t].preset;
+  }
+  if (IsTuned(scope)) {
+    const Tuner::Plan plan = scope.tuner ? scope.tuner->plan() : Tuner::Plan{};
+    entry->tuner = 1 + static_cast<std::uint32_t>(plan.state);
+    for (const auto& [tunable, value] : plan.Settings()) entry->tunables[tunable] = value;
   }
   const Home* const home = HomeOf(scope);
   if (!home) return;
@@ -213,8 +232,6 @@ int Server::MaySet(const Scope& scope, std::uint32_t tunable, std::int64_t value
   if (value < kTunableRules[tunable].least || value > kTunableRules[tunable].most) return EINVAL;
   const auto now = [&](std::uint32_t t) { return scope.versions[t] ? scope.values[t] : kTunableRules[t].preset; };
   switch (tunable) {
-    // The hashes are seeded by it: it is what ksmud was started with.
-    case engine::kTunable_merge_across_nodes: return value == !config_.by_node ? 0 : EOPNOTSUPP;
     case engine::kTunable_pages_to_scan: return now(engine::kTunable_advisor_mode) ? EINVAL : 0;
     case engine::kTunable_max_page_sharing: {
       const Home* const home = HomeOf(scope);
@@ -222,6 +239,34 @@ int Server::MaySet(const Scope& scope, std::uint32_t tunable, std::int64_t value
     }
     default: return scope.version == ~std::uint32_t{0} ? EOVERFLOW : 0;
   }
+}
+
+int Server::MaySetForAll(std::uint32_t tunable, std::int64_t value) const {
+  if (const int error = MaySet(defaults_, tunable, value)) return error;
+  for (const auto& [number, scope] : scopes_) {
+    if (const int error = MaySet(scope, tunable, value)) return error;
+  }
+  return 0;
+}
+
+// Of all domains, whichever it was set for: frames of two rules in one file would lie on the wrong nodes, and hashes of two rules
+// would never meet. As KSM it changes while nothing is shared; members are let go, and join anew, which they do by themselves. 0 or an errno.
+int Server::KeepNodesApart(bool apart) {
+  if (apart == by_node_) return 0;
+  if (FramesLive() != 0) return EBUSY;
+  if (apart && nodes::WhyNot()) return EOPNOTSUPP;
+  by_node_ = apart;
+  Log(Level::kInfo, std::string("pages of different nodes are ") + (apart ? "kept apart" : "merged") + " from now on; members join anew");
+  for (auto& [key, home] : homes_) retired_.push_back(std::move(home));
+  homes_.clear();
+  for (std::size_t i = 0; i < retired_.size(); ++i) {
+    // Drop leaves an empty place behind, and changes nothing else of these.
+    const std::vector<Connection*> members = retired_[i]->connected;
+    for (Connection* member : members) {
+      if (member) Drop(*member, "its domain is begun anew");
+    }
+  }
+  return 0;
 }
 
 // The question is answered when members have: its state, from the beginning.
@@ -234,43 +279,55 @@ Server::Operator& Server::Await(Connection& conn, Kind asks, std::uint32_t numbe
   return op;
 }
 
-void Server::SetTunable(Connection& conn) {
-  const control::SetQuestion& wish = question_->set;
-  const std::uint32_t number = question_->header.number;
-  Scope* const scope = FindScope(conn, wish.domain);
-  if (!conn.op->may_write) return FailOperator(conn, number, EPERM);
-  if (!scope) return FailOperator(conn, number, ENOENT);
-  Connection* const one = FindMember(*scope, wish.pid);
-  if (wish.pid && !one) return FailOperator(conn, number, ESRCH);
-  if (const int error = MaySet(*scope, wish.tunable, wish.value)) return FailOperator(conn, number, error);
-  if (wish.tunable == engine::kTunable_merge_across_nodes) {
-    // As it is, and always will be: members have been told when they joined.
-    reply_->header = control::MakeHeader(Kind::kSetDone, 1, number);
-    reply_->done = {};
-    return AnswerOperator(conn);
-  }
-  const std::uint32_t version = ++scope->version;
+// What is set, under the number that it gets.
+std::uint32_t Server::Note(Scope& scope, Connection* one, std::uint32_t tunable, std::int64_t value) {
+  if (one) one->not_tuned |= 1u << tunable;
+  else if (IsTuners(tunable)) EndTuning(scope);
+  const std::uint32_t version = ++scope.version;
   if (one && !one->own) one->own = std::make_unique<OwnTunables>();
-  auto& versions = one ? one->own->versions : scope->versions;
-  (one ? one->own->values : scope->values)[wish.tunable] = wish.value;
-  versions[wish.tunable] = version;
+  auto& versions = one ? one->own->versions : scope.versions;
+  (one ? one->own->values : scope.values)[tunable] = value;
+  versions[tunable] = version;
   // As KSM: whatever the mode, it begins anew.
-  if (wish.tunable == engine::kTunable_advisor_mode) versions[engine::kTunable_pages_to_scan] = 0;
-  const std::string name(kTunableRules[wish.tunable].name);
-  LogMember(Level::kInfo, scope->name, conn.who,
-            "as its operator: " + name + " is " + std::to_string(wish.value) + (one ? " for member " + std::to_string(wish.pid) : ""));
+  if (tunable == engine::kTunable_advisor_mode) versions[engine::kTunable_pages_to_scan] = 0;
   if (one) {
     QueueTelling(*one);
-  } else if (Home* const home = HomeOf(*scope)) {
+  } else if (Home* const home = HomeOf(scope)) {
     for (Connection* member : home->connected) {
       if (member) QueueTelling(*member);
     }
   }
+  return version;
+}
+
+void Server::SetTunable(Connection& conn) {
+  const control::SetQuestion wish = question_->set;
+  const std::uint32_t number = question_->header.number;
+  const bool all = wish.domain == control::kNoDomain;
+  Scope* const scope = all ? nullptr : FindScope(conn, wish.domain);
+  if (!conn.op->may_write) return FailOperator(conn, number, EPERM);
+  if (!all && !scope) return FailOperator(conn, number, ENOENT);
+  Connection* const one = all ? nullptr : FindMember(*scope, wish.pid);
+  if (wish.pid && !one) return FailOperator(conn, number, ESRCH);
+  if (const int error = all ? MaySetForAll(wish.tunable, wish.value) : MaySet(*scope, wish.tunable, wish.value)) return FailOperator(conn, number, error);
+  LogMember(Level::kInfo, all ? "(all)" : scope->name, conn.who,
+            "as its operator: " + std::string(kTunableRules[wish.tunable].name) + " is " + std::to_string(wish.value) + (one ? " for member " + std::to_string(wish.pid) : ""));
+  if (wish.tunable == engine::kTunable_merge_across_nodes) {
+    // Members are told when they join.
+    if (const int error = KeepNodesApart(wish.value == 0)) return FailOperator(conn, number, error);
+    return SetDone(conn, number);
+  }
   Operator& op = Await(conn, Kind::kSet, number);
-  op.scope = wish.domain;
   op.pid = wish.pid;
   op.tunable = wish.tunable;
-  op.version = version;
+  op.versions.clear();
+  if (all) {
+    Note(defaults_, nullptr, wish.tunable, wish.value);
+    for (auto& [other, each] : scopes_) op.versions[other] = Note(each, nullptr, wish.tunable, wish.value);
+  } else {
+    scope->own = true;
+    op.versions[wish.domain] = Note(*scope, one, wish.tunable, wish.value);
+  }
   if (TendSetting(conn, false)) op.asks = {};
 }
 
@@ -278,22 +335,55 @@ void Server::SetTunable(Connection& conn) {
 bool Server::TendSetting(Connection& conn, bool late) {
   const Operator& op = *conn.op;
   control::SetEntry done{};
-  const auto found = scopes_.find(op.scope);
-  const Home* const home = found == scopes_.end() ? nullptr : HomeOf(found->second);
-  for (std::size_t i = 0; home && i < home->connected.size(); ++i) {
-    const Connection* const member = home->connected[i];
-    const auto pid = member ? static_cast<std::uint32_t>(member->who.pid) : 0;
-    if (!member || (op.pid && pid != op.pid)) continue;
-    const bool silent = member->answered < op.version;
-    if (silent && !late) return false;
-    const std::uint32_t error = silent ? ETIMEDOUT : member->errors[op.tunable];
-    ++(silent ? done.silent : error ? done.refused : done.done);
-    if (error && done.named < control::kMaxFailures) done.failures[done.named++] = {pid, error};
+  for (const auto& [number, version] : op.versions) {
+    const auto found = scopes_.find(number);
+    const Home* const home = found == scopes_.end() ? nullptr : HomeOf(found->second);
+    for (std::size_t i = 0; home && i < home->connected.size(); ++i) {
+      const Connection* const member = home->connected[i];
+      const auto pid = member ? static_cast<std::uint32_t>(member->who.pid) : 0;
+      if (!member || (op.pid && pid != op.pid)) continue;
+      const bool silent = member->answered < version;
+      if (silent && !late) return false;
+      const std::uint32_t error = silent ? ETIMEDOUT : member->errors[op.tunable];
+      ++(silent ? done.silent : error ? done.refused : done.done);
+      if (error && done.named < control::kMaxFailures) done.failures[done.named++] = {pid, error};
+    }
   }
   reply_->header = control::MakeHeader(Kind::kSetDone, 1, op.number);
   reply_->done = done;
   AnswerOperator(conn);
   return true;
+}
+
+// Done, and no member has to do with it.
+void Server::SetDone(Connection& conn, std::uint32_t number) {
+  reply_->header = control::MakeHeader(Kind::kSetDone, 1, number);
+  reply_->done = {};
+  AnswerOperator(conn);
+}
+
+// --- of the broker as a whole ----------------------------------------------------------------------------------------
+
+// What lives on above a lower limit stays; there is nothing new until there is less.
+void Server::SetLimit(Connection& conn) {
+  const std::uint32_t number = question_->header.number;
+  if (!conn.op->may_write) return FailOperator(conn, number, EPERM);
+  most_frames_ = question_->word ? static_cast<std::size_t>(std::min<std::uint64_t>(question_->word, wire::kFrameLimit)) : std::size_t{wire::kFrameLimit};
+  LogMember(Level::kInfo, "(all)", conn.who, "as its operator: no more than " + std::to_string(most_frames_) + " frames");
+  SetDone(conn, number);
+}
+
+void Server::TellDefaults(Connection& conn) {
+  control::DefaultsEntry& entry = reply_->defaults;
+  entry = {};
+  for (std::size_t t = 0; t < kTunableCount; ++t) {
+    if (defaults_.versions[t]) entry.set |= 1u << t;
+    entry.tunables[t] = t == engine::kTunable_merge_across_nodes ? !by_node_ : defaults_.versions[t] ? defaults_.values[t] : kTunableRules[t].preset;
+  }
+  entry.most_frames = most_frames_;
+  entry.frames = conn.op->may_write ? FramesLive() : 0;
+  reply_->header = control::MakeHeader(Kind::kDefaultsAre, 1, question_->header.number);
+  AnswerOperator(conn);
 }
 
 void Server::QueueTelling(Connection& conn) {
@@ -331,6 +421,7 @@ const char* Server::NoteTuned(Connection& conn) {
   if (in_.header.number != conn.told || conn.answered >= conn.told) return "an answer about tunables that it was not told of";
   for (std::size_t i = 0; i < in_.header.count; ++i) conn.errors[in_.tuned[i].tunable] = static_cast<std::uint16_t>(in_.tuned[i].error);
   conn.answered = conn.told;
+  conn.answered_at = now_;
   QueueTelling(conn);
   return nullptr;
 }

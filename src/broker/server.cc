@@ -20,8 +20,10 @@ constexpr std::size_t kBlocksAtOnce = 2;  // of what a member held that has gone
 }  // namespace
 
 Server::Server(Config config, Outbox& outbox)
-    : config_(std::move(config)), outbox_(outbox), question_(std::make_unique<control::Message>()), reply_(std::make_unique<control::Message>()),
-      packet_(wire::kMaxPacket) {}
+    : config_(std::move(config)), outbox_(outbox), most_frames_(config_.most_frames), by_node_(config_.by_node),
+      question_(std::make_unique<control::Message>()), reply_(std::make_unique<control::Message>()), packet_(wire::kMaxPacket) {
+  defaults_.key = {~std::uint32_t{0}, -1};  // nobody's
+}
 Server::~Server() = default;
 
 std::uint32_t Server::AddListener(std::string name) {
@@ -74,13 +76,12 @@ void Server::Forget(Connection& conn) {
     NoLongerStranger(conn);
   } else {
     Home& home = *conn.home;
-    const HomeKey key = KeyOf(conn);
     home.connected[conn.member] = nullptr;
     home.domain->Leave(conn.member);
     conn.canary.GivenAway();
     home.left.push_back({conn.member, conn.who, std::move(conn.canary), now_, kFirstDelay});
     if (IsGone(home, home.left.back())) home.left.pop_back();
-    CloseIfEmpty(key);
+    CloseIfEmpty(home);
   }
   connections_.erase(conn.id);
 }
@@ -167,15 +168,17 @@ Server::Home* Server::HomeFor(const Connection& conn) {
   made->index = std::make_unique<IndexWriter>(made->storage.index(), &Storage::PunchIndex, &made->storage);
   made->reader = std::make_unique<IndexReader>(made->storage.index(), kIndexFileBytes);
   made->domain = std::make_unique<Domain>(made->storage, *made->index, *made->reader, config_.page_bytes, config_.seed, &HashOf);
-  if (config_.by_node) made->domain->KeepNodesApart();
+  if (by_node_) made->domain->KeepNodesApart();
   made->scope = &ScopeFor(KeyOf(conn), made->name);
   home = std::move(made);
   return home.get();
 }
 
-void Server::CloseIfEmpty(const HomeKey& key) {
+void Server::CloseIfEmpty(Home& home) {
+  if (home.domain->members() != 0) return;
+  const HomeKey key = home.scope->key;
   const auto found = homes_.find(key);
-  if (found == homes_.end() || found->second->domain->members() != 0) return;
+  if (found == homes_.end() || found->second.get() != &home) return;  // the next Tick sees to those that are retired
   homes_.erase(found);
   ForgetScope(key);
 }
@@ -211,18 +214,19 @@ void Server::Join(Connection& conn, std::vector<Fd>& descriptors) {
     wrong = "no memory or no descriptors for its canary";
   }
   if (wrong) {
-    CloseIfEmpty(KeyOf(conn));
+    CloseIfEmpty(*home);
     return Refuse(conn, Refusal::kFull, wrong);
   }
   NoLongerStranger(conn);
   conn.home = home;
   conn.member = number;
   conn.joined_at = now_;
+  ++home->scope->joined;
   if (home->connected.size() <= number) home->connected.resize(number + std::size_t{1});
   home->connected[number] = &conn;
   LogMember(Level::kInfo, home->name, conn.who, "joined");
   out_.header = {0, Kind::kJoined, 1, in_.header.number, 0};
-  out_.joined = {config_.seed, kIndexFileBytes, kLogEntries, number, config_.by_node};
+  out_.joined = {config_.seed, kIndexFileBytes, kLogEntries, number, by_node_};
   const int given[] = {home->storage.index_for_members(), conn.canary.for_member()};
   Answer(conn, given, 2);
   // Else it is given away when it has been sent.
@@ -304,13 +308,17 @@ const char* Server::Settle(Connection& conn) {
   }
   out_.header = {0, Kind::kSettled, in_.header.count, in_.header.number, 0};
   const auto copy = [](void* ring, std::uint32_t place, std::byte* page) { static_cast<const Ring*>(ring)->Copy(place, page); };
-  std::size_t frames = 0;
-  for (const auto& [key, home] : homes_) frames += home->domain->frames_live();
-  conn.home->domain->LimitTo(conn.home->domain->frames_live() + (config_.most_frames - std::min(frames, config_.most_frames)));
+  conn.home->domain->LimitTo(conn.home->domain->frames_live() + (most_frames_ - std::min(FramesLive(), most_frames_)));
   const char* const wrong = conn.home->domain->Settle(conn.member, in_.settle.data(), count, copy, &conn.ring, out_.words.data());
   if (wrong) return wrong;
   Answer(conn, nullptr, 0);
   return nullptr;
+}
+
+std::size_t Server::FramesLive() const {
+  std::size_t frames = 0;
+  for (const auto& [key, home] : homes_) frames += home->domain->frames_live();
+  return frames;
 }
 
 void Server::Want(Connection& conn, std::uint32_t hash) {
@@ -364,11 +372,20 @@ std::uint64_t Server::Tick(std::uint64_t now) {
     deadlines_.pop_front();
     if (found != connections_.end() && !found->second->home && !found->second->op) Drop(*found->second, "has connected and not joined");
   }
-  for (auto at = homes_.begin(); at != homes_.end();) {
-    Home& home = *at->second;
+  const auto tend = [&](Home& home) {
     std::erase_if(home.left, [&](Left& left) { return left.ask_at <= now && IsGone(home, left); });
     for (const Left& left : home.left) next = std::min(next, left.ask_at);
-    if (home.domain->members() != 0) {
+    return home.domain->members() != 0;
+  };
+  std::vector<HomeKey> gone;
+  std::erase_if(retired_, [&](const std::unique_ptr<Home>& home) {
+    if (tend(*home)) return false;
+    gone.push_back(home->scope->key);
+    return true;
+  });
+  for (const HomeKey& key : gone) ForgetScope(key);
+  for (auto at = homes_.begin(); at != homes_.end();) {
+    if (tend(*at->second)) {
       ++at;
       continue;
     }
@@ -377,6 +394,7 @@ std::uint64_t Server::Tick(std::uint64_t now) {
     ForgetScope(key);
   }
   TendOperators(&next);
+  TendTuners(&next);
   return telling_.empty() ? next : now;
 }
 

@@ -22,6 +22,7 @@
 #include "broker/control.h"
 #include "broker/domain.h"
 #include "broker/storage.h"
+#include "broker/tuner.h"
 #include "broker/wire.h"
 
 namespace ksmu::broker {
@@ -66,6 +67,8 @@ class Server {
     std::int64_t unknown_user = -1;  // what users look like that cannot be told apart here: no domain is for them alone
     std::int64_t owner = -1;  // the user who may set tunables, besides root
     bool by_node = false;  // pages of different NUMA nodes are not merged; where nodes::WhyNot says nothing against it
+    std::function<Pressure()> pressure = nullptr;  // on the machine's memory. None: there is no tuner
+    int cpus = 1;
   };
   Server(Config config, Outbox& outbox);
   ~Server();
@@ -112,6 +115,10 @@ class Server {
     std::uint32_t version = 0;  // the number of times that anything was set
     std::array<std::uint32_t, wire::kTunableSlots> versions{};  // as of when it was set; 0: it has not been
     std::array<std::int64_t, wire::kTunableSlots> values{};
+    bool own = false;  // something has been set for it, not only for all
+    bool tuned_by_others = false;  // an operator has set what the tuner would
+    std::uint64_t joined = 0;      // members, so far
+    std::unique_ptr<Tuner> tuner;
   };
   // What is set for one member alone; whatever was set last counts.
   struct OwnTunables {
@@ -126,7 +133,8 @@ class Server {
     std::uint32_t number = 0;
     std::uint64_t until = 0, look_at = 0;
     std::uint32_t scope = 0, pid = 0;
-    std::uint32_t tunable = 0, version = 0;  // kSet
+    std::uint32_t tunable = 0;
+    std::map<std::uint32_t, std::uint32_t> versions;  // kSet: of each domain that it was set for, by number
     std::uint64_t from = 0;                  // kExplain
     ConnId member = 0;                       // that has been asked
   };
@@ -153,6 +161,10 @@ class Server {
     bool to_be_told = false;
     std::array<std::uint16_t, wire::kTunableSlots> errors{};
     std::unique_ptr<OwnTunables> own;
+    std::uint64_t answered_at = 0;
+    // Of its tunables, a bit each: what the tuner has set, to which value; and what it leaves alone, since somebody else has set it.
+    std::uint32_t tuned = 0, not_tuned = 0;
+    std::array<std::int64_t, wire::kTunableSlots> tuned_values{};
     std::uint32_t ask_number = 0;
     bool ask_open = false;
     std::uint64_t ask_at = 0, ask_from = 0;
@@ -184,7 +196,8 @@ class Server {
   const char* Handle(Connection& conn);
   const char* Settle(Connection& conn);
   Home* HomeFor(const Connection& conn);
-  void CloseIfEmpty(const HomeKey& key);
+  void CloseIfEmpty(Home& home);
+  std::size_t FramesLive() const;
   HomeKey KeyOf(const Connection& conn) const;
   void Answer(Connection& conn, const int* descriptors, std::size_t count);
   void Refuse(Connection& conn, wire::Refusal why, const char* words);
@@ -208,6 +221,12 @@ class Server {
   void ListMembers(Connection& conn);
   void SetTunable(Connection& conn);
   int MaySet(const Scope& scope, std::uint32_t tunable, std::int64_t value) const;
+  int MaySetForAll(std::uint32_t tunable, std::int64_t value) const;
+  std::uint32_t Note(Scope& scope, Connection* one, std::uint32_t tunable, std::int64_t value);
+  void SetDone(Connection& conn, std::uint32_t number);
+  int KeepNodesApart(bool apart);
+  void SetLimit(Connection& conn);
+  void TellDefaults(Connection& conn);
   Operator& Await(Connection& conn, control::Kind asks, std::uint32_t number);
   void BeginExplaining(Connection& conn);
   void TendOperators(std::uint64_t* next);
@@ -221,6 +240,11 @@ class Server {
   Home* HomeOf(const Scope& scope) const;
   void FillDomain(const Scope& scope, control::DomainEntry* entry) const;
   void FillMember(const Connection& member, control::MemberEntry* entry) const;
+  // tuning.cc
+  void TendTuners(std::uint64_t* next);
+  void Tune(Connection& conn, const Tuner::Plan& plan);
+  void EndTuning(Scope& scope);
+  bool IsTuned(const Scope& scope) const;
   void QueueTelling(Connection& conn);
   void TellTunables(Connection& conn);
   const char* NoteTuned(Connection& conn);
@@ -234,12 +258,16 @@ class Server {
   std::deque<std::pair<std::uint64_t, ConnId>> deadlines_;  // of those that have connected, in order
   std::map<std::uint32_t, int> strangers_;                  // of each user: connections that have not joined
   std::vector<ConnId> wanting_;                             // something is wanted of them
+  std::size_t most_frames_;
+  bool by_node_;
+  std::vector<std::unique_ptr<Home>> retired_;  // of which nothing is given out any more, until their members have let go of them
   std::map<std::uint32_t, Scope> scopes_;      // by number
+  Scope defaults_;                             // what is set for all domains: those to come begin with it
   std::map<HomeKey, std::uint32_t> numbers_;  // of scopes
   std::uint32_t last_scope_ = 0;
   std::vector<ConnId> operators_;
   std::deque<ConnId> telling_;  // members that are to be told of tunables
-  std::uint64_t now_ = 0;
+  std::uint64_t now_ = 0, tune_at_ = 0;
   wire::Message in_, out_;
   std::unique_ptr<control::Message> question_, reply_;
   std::vector<std::byte> packet_;

@@ -1,7 +1,7 @@
 // ksmud: the broker. Merges the pages of processes that have joined the same domain (docs/broker.md).
 //
-//   ksmud [--socket PATH] [--domain NAME]... [--mode OCTAL] [--max-frames N] [--merge-across-nodes 0|1] [--no-io-uring]
-//         [--log LEVEL]
+//   ksmud [--socket PATH] [--domain NAME]... [--mode OCTAL] [--max-frames N] [--merge-across-nodes 0|1] [--no-tuner]
+//         [--no-io-uring] [--log LEVEL]
 #include <fcntl.h>
 #include <sys/file.h>
 #include <sys/prctl.h>
@@ -29,7 +29,9 @@
 
 #include "broker/loop.h"
 #include "broker/nodes.h"
+#include "broker/tuner.h"
 #include "os/users.h"
+#include "tools/notify.h"
 
 namespace {
 constexpr int kNice = -10;
@@ -54,6 +56,7 @@ constexpr const char* kUsage =
     "  --max-frames N   no more shared pages than that, in all domains together: half of the memory by default\n"
     "  --merge-across-nodes 0|1\n"
     "                   0: pages are merged with pages of their own NUMA node only, in memory of that node; 1 by default\n"
+    "  --no-tuner       leave it to members and operators how fast is merged (docs/tuner.md)\n"
     "  --no-io-uring    wait by poll(2)\n"
     "  --log LEVEL      quiet, warning, info or debug; warning by default, to stderr\n"
     "  --help, --version\n"
@@ -115,22 +118,8 @@ struct Failure {
 
 // --- service manager -------------------------------------------------------------------------------------------------
 
-// sd_notify(3), which is a datagram.
 void Notify(const std::string& state) {
-  const char* const path = std::getenv("NOTIFY_SOCKET");
-  if (!path || (path[0] != '/' && path[0] != '@')) return;
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  const std::size_t length = std::strlen(path);
-  if (length > sizeof address.sun_path - (path[0] == '/')) return;
-  std::memcpy(address.sun_path, path, length);
-  if (path[0] == '@') address.sun_path[0] = 0;
-  const Fd fd(socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!fd) return;
-  const auto size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + length + (path[0] == '/'));
-  if (sendto(fd.get(), state.data(), state.size(), MSG_NOSIGNAL, reinterpret_cast<const sockaddr*>(&address), size) < 0) {
-    Log(Level::kWarning, std::string("the service manager cannot be told anything: ") + std::strerror(errno));
-  }
+  if (const int error = ksmu::tools::Notify(state)) Log(Level::kWarning, std::string("the service manager cannot be told anything: ") + std::strerror(error));
 }
 
 struct Passed {
@@ -340,6 +329,7 @@ struct Options {
   int mode = -1;
   bool io_uring = true;
   bool by_node = false;
+  bool tuner = true;
 };
 
 // As members take it (broker/door.cc).
@@ -388,6 +378,8 @@ Options Parse(int argc, char** argv) {
       const std::string text = value();
       if (text != "0" && text != "1") Usage("--merge-across-nodes wants 0 or 1, not " + text);
       options.by_node = text == "0";
+    } else if (option == "--no-tuner") {
+      options.tuner = false;
     } else if (option == "--no-io-uring") {
       options.io_uring = false;
     } else if (option == "--log") {
@@ -489,6 +481,8 @@ int Run(const Options& options) {
   config.log = Log;
   config.owner = std::int64_t{geteuid()};
   config.by_node = options.by_node;
+  if (options.tuner) config.pressure = ksmu::broker::ReadPressure;
+  config.cpus = static_cast<int>(std::max(sysconf(_SC_NPROCESSORS_ONLN), 1l));
   Loop loop(std::move(config), options.io_uring);
   const std::uint32_t everyone = loop.server().AddListener("");
   std::vector<std::pair<std::string, std::uint32_t>> named;

@@ -152,7 +152,7 @@ const Message& Operator::Ask(Kind answer, const std::function<std::string(int)>&
   if (got <= 0) throw Failed{kNoBroker, path_ + ": the broker has gone, or takes no operators"};
   const char* const wrong = Decode(packet.data(), static_cast<std::size_t>(got), Sender::kBroker, in_.get());
   if (wrong || in_->header.number != number_) throw Failed{kRefused, path_ + ": the broker's answer is not as a broker's is: " + (wrong ? wrong : "of another question")};
-  if (in_->kind() == Kind::kFailed) throw Failed{StatusOf(static_cast<int>(in_->word)), words(static_cast<int>(in_->word))};
+  if (in_->kind() == Kind::kFailed) throw Failed{StatusOf(static_cast<int>(in_->word)), words(static_cast<int>(in_->word)), static_cast<int>(in_->word)};
   if (in_->kind() != answer) throw Failed{kRefused, path_ + ": the broker's answer is to another question"};
   return *in_;
 }
@@ -216,11 +216,38 @@ SetEntry Operator::Set(std::uint32_t domain, std::uint32_t pid, std::uint32_t tu
         if (tunable == engine::kTunable_pages_to_scan && value >= rule.least) return "the advisor sets pages_to_scan: set advisor_mode to 0 first";
         return name + " is " + std::to_string(rule.least) + " at the least" + (rule.most < std::int64_t{1} << 40 ? ", and " + std::to_string(rule.most) + " at the most" : "");
       case EBUSY: return name + " cannot be changed while pages are shared: run 2 first";
-      case EOPNOTSUPP: return name + " is what ksmud was started with: ksmud --merge-across-nodes";
+      case EOPNOTSUPP: return name + ": the broker cannot keep nodes apart here (ksmud --merge-across-nodes 0 says why)";
       case ENOENT: return "there is no such domain any more";
       default: return WordsFor(error);
     }
   }).done;
+}
+
+void Operator::SetLimit(std::uint64_t frames) {
+  out_->header = MakeHeader(Kind::kLimit, 1, 0);
+  out_->word = frames;
+  Ask(Kind::kSetDone, WordsFor);
+}
+
+DefaultsEntry Operator::Defaults() {
+  out_->header = MakeHeader(Kind::kDefaults, 1, 0);
+  out_->word = 0;
+  return Ask(Kind::kDefaultsAre, WordsFor).defaults;
+}
+
+int Operator::Unmerging(std::uint32_t domain, std::uint32_t pid) {
+  constexpr std::uint64_t kSilentMs = 1000, kReportWithinMs = 5000;
+  int error = 0;
+  for (const MemberEntry& member : Members(domain, pid)) {
+    if (member.unanswered_ms >= kSilentMs || member.reported_ms == ~std::uint64_t{0}) continue;
+    // A report from before it was told says run 1.
+    if (member.tunables[engine::kTunable_run] != 2 || member.unmerging == EINPROGRESS) {
+      if (member.reported_ms < kReportWithinMs) return EINPROGRESS;
+    } else if (member.unmerging) {
+      error = static_cast<int>(member.unmerging);
+    }
+  }
+  return error;
 }
 
 std::vector<broker::wire::RegionEntry> Operator::Explain(std::uint32_t domain, std::uint32_t pid) {

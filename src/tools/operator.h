@@ -30,6 +30,7 @@ inline constexpr const char* kStatusText =
 struct Failed {
   int status;
   std::string what;
+  int error = 0;  // the errno that the broker has given as its reason
 };
 
 struct OperatorOptions {
@@ -74,7 +75,13 @@ class Operator {
   std::vector<broker::control::MemberEntry> Members(std::uint32_t domain, std::uint32_t pid = 0);
   // The domain in which this process is a member.
   broker::control::DomainEntry DomainOf(std::uint32_t pid);
+  // Without a domain (kNoDomain): of all that there are and will be.
   broker::control::SetEntry Set(std::uint32_t domain, std::uint32_t pid, std::uint32_t tunable, std::int64_t value);
+  // The most frames of all domains together; 0: no limit.
+  void SetLimit(std::uint64_t frames);
+  broker::control::DefaultsEntry Defaults();
+  // Of what run 2 has begun, in members that answer: EINPROGRESS, 0, or the errno that it has ended with in one of them.
+  int Unmerging(std::uint32_t domain, std::uint32_t pid = 0);
   std::vector<broker::wire::RegionEntry> Explain(std::uint32_t domain, std::uint32_t pid);
 
  private:

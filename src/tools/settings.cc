@@ -47,18 +47,9 @@ int Tell(const OperatorOptions& options, const SetEntry& done) {
 
 // Until nothing of it is merged any more, or it is said why not.
 int WaitUntilUnmerged(Operator& op, std::uint32_t domain, std::uint32_t pid) {
-  int status = 0;
-  for (bool again = true; again;) {
-    again = false;
-    for (const MemberEntry& member : op.Members(domain, pid)) {
-      const bool silent = member.unanswered_ms >= 1000 || member.reported_ms == ~std::uint64_t{0};
-      if (silent) continue;
-      // A report from before it was told says run 1.
-      if (member.tunables[engine::kTunable_run] != 2 || member.unmerging == EINPROGRESS) again |= member.reported_ms < 5000;
-      else if (member.unmerging) status = kRefused;
-    }
-    if (again) usleep(kLookMs * 1000);
-  }
+  int error;
+  while ((error = op.Unmerging(domain, pid)) == EINPROGRESS) usleep(kLookMs * 1000);
+  const int status = error ? kRefused : 0;
   if (status) {
     for (const MemberEntry& member : op.Members(domain, pid)) {
       if (member.unmerging == 0 || member.unmerging == EINPROGRESS) continue;

@@ -62,7 +62,7 @@ std::string JsonDomain(Operator& op, const DomainEntry& d) {
     if (d.set >> t & 1) set += (set.empty() ? "" : ", ") + JsonString(engine::kTunableRules[t].name);
   }
   return "{\"domain\": " + JsonString(NameOf(d)) + ", \"socket\": " + JsonString(op.path()) + ", \"page_bytes\": " + std::to_string(op.page_bytes()) +
-         ", \"saved_bytes\": " + std::to_string(balance.saved) + ", \"net_bytes\": " + std::to_string(balance.net) + ", \"frames\": " + std::to_string(d.frames) +
+         ", \"saved_bytes\": " + std::to_string(balance.saved) + ", \"net_bytes\": " + std::to_string(balance.net) + ", \"tuner\": " + JsonString(broker::control::TunerWord(d)) + ", \"frames\": " + std::to_string(d.frames) +
          ", \"left\": " + std::to_string(d.left) + ", \"broker_bytes\": " + std::to_string(d.metadata_bytes) + ", \"cpu_ns\": " + std::to_string(d.cpu_ns) +
          ", \"set\": [" + set + "], \"tunables\": " + JsonTunables(d) + ", \"counters\": " + JsonCounters(d) +
          ", \"members\": " + JsonMembers(op.Members(d.domain)) + "}";
@@ -105,6 +105,7 @@ void PrintDomain(Operator& op, const DomainEntry& d) {
   std::printf("cost: %.2f s of CPU, %s MiB of the members' memory, %s MiB of the broker's, %s mappings, %s copies at first writes; net %s MiB\n",
               static_cast<double>(d.cpu_ns) / 1e9, MiB(Positive(CounterOf(d, "metadata_bytes"))).c_str(), MiB(d.metadata_bytes).c_str(),
               Grouped(Positive(CounterOf(d, "maps_used"))).c_str(), Grouped(Positive(CounterOf(d, "cow_breaks"))).c_str(), Signed(balance.net).c_str());
+  std::printf("tuner: %s\n", std::string(broker::control::TunerWord(d)).c_str());
   if (d.silent) std::printf("%" PRIu64 " members have not reported yet\n", d.silent);
   std::printf("by whom:\n");
   PrintMembers(op.Members(d.domain), page);

@@ -3,6 +3,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -207,6 +208,56 @@ def metrics():
     run("systemctl", "start", "ksmu-textfile")
 
 
+def files():
+    """KSM's, by ksmu-fs: whoever of it is killed, they are there again."""
+    if not os.path.exists("/dev/fuse"):
+        global skipped
+        skipped += 1
+        print("skipped 1: ksmu-fs: there is no /dev/fuse here")
+        return
+    ksm = "/run/ksmu/sys/kernel/mm/ksm/"
+
+    def read(name):
+        try:
+            return open(ksm + name).read().strip()
+        except OSError as error:
+            return error.strerror
+
+    def write(name, text):
+        with open(ksm + name, "w") as f:
+            f.write(text)
+    run("systemctl", "start", "ksmu-fs")
+    check("ksmu-fs", state("ksmu-fs") == "active" and read("run") == "1", run("journalctl", "-u", "ksmu-fs", "-o", "cat", "--no-pager"))
+    main = show("MainPID", "ksmu-fs")
+    answers = open(f"/proc/{main}/task/{main}/children").read().split()
+    about = open(f"/proc/{answers[0]}/status").read() if answers else ""
+    check("who answers is the broker's user, without a privilege", "CapEff:\t0000000000000000" in about and run("ps", "-o", "user=", "-p", *answers) == "ksmud", about)
+    both = members("alice")
+    check("what is merged is shown", until(lambda: read("pages_sharing").isdigit() and int(read("pages_sharing")) > 0, 60), read("pages_sharing"))
+    check("members", len(os.listdir(ksm + "members")) == 2, os.listdir(ksm + "members"))
+    write("sleep_millisecs", "33")
+    check("what is written is set", read("sleep_millisecs") == "33" and run("ksmuctl", "get", "sleep_millisecs", "--user", run("id", "-u", "alice")) == "33")
+    for signal_, who in (("KILL", "main"), ("KILL", "all"), ("STOP", "all")):
+        run("systemctl", "kill", "-s", signal_, "--kill-who", who, "ksmu-fs")
+        check(f"after {signal_} of {who} the files are there again", until(lambda: read("run") == "1" and show("MainPID", "ksmu-fs") != main, 30), read("run"))
+        main = show("MainPID", "ksmu-fs")
+    check("merging has gone on", int(read("pages_sharing")) > 0, read("pages_sharing"))
+    ends = end(both)
+    check("and bytes are right", right(ends), ends)
+    # In KSM's place, for one service.
+    unit = "/run/systemd/system/ksmu-tool.service"
+    with open(unit, "w") as f:
+        f.write("[Service]\nType=oneshot\nExecStart=sh -c 'cat /sys/kernel/mm/ksm/sleep_millisecs > /run/seen'\n")
+    os.makedirs(unit + ".d", exist_ok=True)
+    shutil.copy("/usr/share/doc/ksmu/examples/ksm-tree.conf", unit + ".d/")
+    run("systemctl", "daemon-reload")
+    run("systemctl", "start", "ksmu-tool")
+    if os.path.isdir("/sys/kernel/mm/ksm"):
+        check("a tool sees it in KSM's place", os.path.exists("/run/seen") and open("/run/seen").read() == "33\n", run("journalctl", "-u", "ksmu-tool", "-o", "cat", "--no-pager"))
+    run("systemctl", "stop", "ksmu-fs")
+    check("stopped, nothing is mounted", state("ksmu-fs") == "inactive" and not os.path.ismount("/run/ksmu/sys"), run("mount"))
+
+
 def exposure():
     text = run("systemd-analyze", "security", "--no-pager", "--json=short", "ksmud.service")
     worst = [line for line in json.loads(text) if line.get("exposure") and float(line["exposure"]) > 0.2] if text.startswith("[") else text
@@ -241,6 +292,7 @@ accounts()
 if usable:
     nodes()
     sharing()
+    files()
 else:
     skipped = 1
     print("skipped 1: /dev/userfaultfd cannot be opened here")

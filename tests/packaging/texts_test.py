@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Unit files, manual pages and completion, as the tools that read them see them; and that they speak of the options that there are.
 
-  texts_test.py BUILD-DIRECTORY KSMUD KSMUCTL
+  texts_test.py BUILD-DIRECTORY KSMUD KSMUCTL [KSMU_FS]
 """
 import glob
 import os
@@ -13,6 +13,7 @@ import tempfile
 
 SOURCE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BUILD, KSMUD, KSMUCTL = sys.argv[1:4]
+FS = sys.argv[4] if len(sys.argv) > 4 else ""  # where it is built
 SYSTEMD = SOURCE + "/packaging/systemd"
 # Of 100: what systemd calls "OK" begins at 50. What the service has is named in ksmud.service, with the reason.
 MOST_EXPOSED = 10
@@ -42,7 +43,7 @@ def units():
         return
     with tempfile.TemporaryDirectory() as directory:
         # The program is looked for where it will be installed.
-        services = {"ksmud.service": KSMUD, "ksmu-metrics@.service": KSMUCTL, "ksmu-textfile.service": KSMUCTL}
+        services = {"ksmud.service": KSMUD, "ksmu-metrics@.service": KSMUCTL, "ksmu-textfile.service": KSMUCTL} | ({"ksmu-fs.service": FS} if FS else {})
         for name, program in services.items():
             with open(f"{BUILD}/packaging/{name}") as f:
                 text = re.sub(r"^ExecStart=\S+", "ExecStart=" + program, f.read(), flags=re.M)
@@ -53,6 +54,8 @@ def units():
         shutil.copy(BUILD + "/packaging/ksmud.socket", directory)
         shutil.copy(SYSTEMD + "/ksmud@.socket", directory + "/ksmud@web.socket")
         names = [f"{directory}/{name}" for name in ("ksmud.service", "ksmu-metrics@1.service", "ksmu-textfile.service", "ksmud.socket", "ksmud@web.socket", "ksmu-metrics.socket")]
+        if FS:
+            names.append(directory + "/ksmu-fs.service")
         status, said = run("systemd-analyze", "verify", "--man=no", *names)
         # Of units of the machine's own it speaks as well.
         about_ours = [line for line in said.splitlines() if "ksmu" in line]
@@ -108,7 +111,7 @@ def manuals():
             check("groff " + name, status == 0 and not said, said)
         else:
             skip("manual " + name, "neither mandoc nor groff is installed")
-    for page, named in (("ksmud.8", options(KSMUD)), ("ksmuctl.1", options(KSMUCTL, "exec"))):
+    for page, named in (("ksmud.8", options(KSMUD)), ("ksmuctl.1", options(KSMUCTL, "exec")), *([("ksmu-fs.8", options(FS))] if FS else [])):
         with open(f"{SOURCE}/docs/man/{page}") as f:
             text = f.read()
         missing = [o for o in named if not re.search(rf"^\.(It|Op|Nm|Fl).*Fl Fl {o[2:]}\b|^\.Fl Fl {o[2:]}\b|, {o[2:]}\b", text, re.M)]
