@@ -10,6 +10,7 @@ int RunExplain(int argc, char** argv);
 int RunGet(int argc, char** argv);
 int RunMap(int argc, char** argv);
 int RunMembers(int argc, char** argv);
+int RunMetrics(int argc, char** argv);
 int RunRun(int argc, char** argv);
 int RunSet(int argc, char** argv);
 int RunStatus(int argc, char** argv);

@@ -20,6 +20,7 @@ constexpr struct {
     {"get", ksmu::tools::RunGet, "a counter or a tunable of a domain, or all of them"},
     {"map", ksmu::tools::RunMap, "a picture of a process's memory: what is shared, zero, private, huge, swapped"},
     {"members", ksmu::tools::RunMembers, "the processes of a domain"},
+    {"metrics", ksmu::tools::RunMetrics, "the numbers of all domains for Prometheus"},
     {"run", ksmu::tools::RunRun, "0 stop merging, 1 merge, 2 stop and unmerge everything"},
     {"set", ksmu::tools::RunSet, "set a tunable of a domain"},
     {"status", ksmu::tools::RunStatus, "what is saved, by whom, at what cost, and why the rest is not"},

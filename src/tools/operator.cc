@@ -21,8 +21,6 @@ using namespace broker::control;  // NOLINT: the protocol's names are what this 
 
 namespace {
 
-constexpr int kPatienceMs = 10'000;  // with a broker; that members are silent it says after a second
-
 int StatusOf(int error) {
   switch (error) {
     case EPERM: return kNotPermitted;
@@ -138,10 +136,10 @@ Operator::Operator(const OperatorOptions& options) : options_(options), out_(std
 const Message& Operator::Ask(Kind answer, const std::function<std::string(int)>& words) {
   alignas(8) static std::array<std::byte, kMaxPacket> packet;
   out_->header.number = ++number_;
-  const std::uint64_t end = os::MonotonicMs() + kPatienceMs;
+  const std::uint64_t end = os::MonotonicMs() + static_cast<std::uint64_t>(options_.patience_ms);
   int error = 0;
   while ((error = channel_.Send(packet.data(), Encode(*out_, packet.data()))) == -EAGAIN) {
-    if (os::MonotonicMs() >= end || !channel_.Wait(true, kPatienceMs)) throw Failed{kNoAnswer, path_ + ": the broker does not answer"};
+    if (os::MonotonicMs() >= end || !channel_.Wait(true, options_.patience_ms)) throw Failed{kNoAnswer, path_ + ": the broker does not answer"};
   }
   std::ptrdiff_t got = error;
   while (!error) {

@@ -37,6 +37,7 @@ struct OperatorOptions {
   std::string socket, domain;
   std::int64_t user = -1;
   bool json = false;
+  int patience_ms = 10'000;  // with a broker, for each answer; that members are silent it says after a second
 };
 
 // A command's arguments: what is not an option, in order; its own options go to `own`, which takes what it knows and its value by

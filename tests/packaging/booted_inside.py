@@ -11,6 +11,7 @@ import time
 
 PACKAGES = [name for p in ("libksmu0", "libksmu-dev", "ksmu") for name in glob.glob(f"/test/{p}_*.deb")]
 DEFAULT, WEB = "/run/ksmu/default.sock", "/run/ksmu/ksmu-web.sock"
+METRICS, PROM = "/run/ksmu/metrics.sock", "/var/lib/prometheus/node-exporter/ksmu.prom"
 passed, failed = [], []
 
 
@@ -171,6 +172,42 @@ def sharing():
     check("their bytes are right, too", right(ends), ends)
 
 
+def scrape():
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
+        s.settimeout(20)
+        s.connect(METRICS)
+        s.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = ""
+        while data := s.recv(65536):
+            answer += data.decode()
+    return answer
+
+
+def metrics():
+    """For Prometheus: what the administrator enables, and nobody else."""
+    check("no metrics unless asked for", not os.path.exists(METRICS) and state("ksmu-textfile.service") == state("ksmu-metrics.socket") == "inactive")
+    run("systemctl", "enable", "--now", "ksmu-metrics.socket")
+    about = run("stat", "-c", "%A %U %G", METRICS)
+    check("the socket of the metrics", about == "srw-rw---- root ksmud", about)
+    answer = scrape()
+    check("a scrape", answer.startswith("HTTP/1.1 200 ") and "\nksmu_up 1\n" in answer and 'ksmu_saved_bytes{domain="' in answer,
+          answer + run("journalctl", "-u", "ksmu-metrics@*", "-b", "--no-pager"))
+    check("and it leaves no unit behind", until(lambda: "ksmu-metrics@" not in run("systemctl", "list-units", "--all", "--plain", "--no-legend", "ksmu-metrics@*")),
+          run("systemctl", "list-units", "--all", "ksmu-metrics@*"))
+    if not os.path.exists(os.path.dirname(PROM)):
+        run("systemctl", "start", "ksmu-textfile")
+        check("nothing is started where node_exporter is not", state("ksmu-textfile") == "inactive" and not os.path.exists("/run/ksmu-textfile"))
+        os.makedirs(os.path.dirname(PROM))
+    run("systemctl", "enable", "--now", "ksmu-textfile")
+    # As node_exporter does, as a user who is nobody here.
+    found = until(lambda: "\nksmu_up 1\n" in run("setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups", "cat", PROM))
+    check("a file for node_exporter", found, run("ls", "-lL", PROM) + run("journalctl", "-u", "ksmu-textfile", "-b", "--no-pager"))
+    check("by the broker's user", run("ps", "-o", "user=", "-p", show("MainPID", "ksmu-textfile")) == "ksmud")
+    run("systemctl", "stop", "ksmu-textfile")
+    check("it goes with the service", not os.path.lexists(PROM) and not os.path.exists("/run/ksmu-textfile"))
+    run("systemctl", "start", "ksmu-textfile")
+
+
 def files():
     """KSM's, by ksmu-fs: whoever of it is killed, they are there again."""
     if not os.path.exists("/dev/fuse"):
@@ -229,8 +266,9 @@ def exposure():
 
 def removal():
     run("dpkg", "-r", "ksmu")
-    check("removal ends all of it", not run("pgrep", "-x", "ksmud") and not os.path.exists(DEFAULT) and not os.path.exists(WEB),
-          run("systemctl", "list-units", "--all", "ksmud*"))
+    paths = (DEFAULT, WEB, METRICS, PROM)
+    check("removal ends all of it", not run("pgrep", "-x", "ksmud") and not run("pgrep", "-x", "ksmuctl") and not any(map(os.path.lexists, paths)),
+          run("systemctl", "list-units", "--all", "ksmu*"))
     run("dpkg", "-i", *PACKAGES)
     check("installed again it is as before", state("ksmud.socket") == "active" and "--log info" in open("/etc/default/ksmud").read())
     run("systemctl", "start", "ksmud")
@@ -238,8 +276,8 @@ def removal():
     said = run("dpkg", "-i", "--force-confold", *PACKAGES)
     check("an upgrade replaces the broker that runs", state("ksmud.service") == "active" and show("MainPID") != pid and knock(DEFAULT) == 0, said)
     said = run("dpkg", "-P", "ksmu", "libksmu-dev", "libksmu0")
-    left = [p for p in (DEFAULT, "/run/ksmu", "/run/ksmud", "/etc/ksmu", "/etc/default/ksmud") if os.path.exists(p)]
-    left += glob.glob("/etc/systemd/system/*/ksmud*") + glob.glob("/etc/systemd/system/ksmud*")
+    left = [p for p in (DEFAULT, "/run/ksmu", "/run/ksmud", "/run/ksmu-textfile", "/etc/ksmu", "/etc/default/ksmud", METRICS) if os.path.exists(p)]
+    left += glob.glob("/etc/systemd/system/*/ksmu*-*") + glob.glob("/etc/systemd/system/*/ksmud*") + glob.glob("/etc/systemd/system/ksmud*")
     check("nothing is left", not left and "No such" not in said, f"{left}\n{said}")
     check("no account is left but one in use", not run("getent", "passwd", "ksmud") and run("getent", "group", "ksmu").endswith(":alice,bob"),
           run("getent", "group", "ksmu"))
@@ -258,6 +296,7 @@ if usable:
 else:
     skipped = 1
     print("skipped 1: /dev/userfaultfd cannot be opened here")
+metrics()
 exposure()
 removal()
 print(f"{len(passed)} passed, {len(failed)} failed, {skipped} skipped")
