@@ -132,6 +132,8 @@ class Engine {
   std::size_t UsedOf(std::uint32_t source) const { return pool_.UsedOf(source); }
   // Sends what is to be sent, hears what is new. True: the next step has something to do with it.
   bool HearNews();
+  // Candidates that others have too and that have not been matched yet; below 0: that is not known.
+  std::int64_t NewsPages() const { return looking_up_ ? -1 : static_cast<std::int64_t>(news_.size() - news_at_) + heard_; }
   std::size_t stray_frames() const { return pool_.source() ? pool_.strays() : 0; }
 
   // --- events ------------------------------------------------------------------------------------------------------

@@ -14,10 +14,13 @@ constexpr std::int64_t kMillisecond = 1'000'000;
 constexpr std::int64_t kFirstPassSleep = 100 * kMillisecond;  // the interval in which a page has to be still
 constexpr std::int64_t kBurstNs = 1'000'000'000;  // CPU time that cpu_limit_percent lets the scanner save up
 constexpr std::int64_t kLongestPassSleep = 2000 * kMillisecond;
-// Passes come as fast as they pay: a page saved is worth this much CPU time, which merging pages one by one takes at most. Those
-// that do not pay come ever less often, until they take one part in so many of a CPU.
+// Passes come as fast as they pay: a page saved is worth this much CPU time, which merging pages one by one takes at most. What pays so
+// many times over makes the next passes come at once, and is worth waiting for; what barely pays, as the few pages that every guest
+// of a fleet writes all the time, only makes them come twice as often. Those that do not pay come ever less often, until they take
+// one part in so many of a CPU.
 constexpr std::int64_t kWorthOfPageNs = 100'000;
-constexpr std::int64_t kFruitlessPart = 500;
+constexpr std::int64_t kRichly = 16, kPromising = 4;
+constexpr std::int64_t kFruitlessPart = 2000;
 constexpr std::uint64_t kAfterRemergeNs = 5000 * kMillisecond;
 constexpr std::uint64_t kForgetSavedNs = 10'000'000'000;
 constexpr std::int64_t kFruitlessSleep = 20000 * kMillisecond;
@@ -574,7 +577,10 @@ void Runtime::ScannerLoop() {
         const auto pass = static_cast<std::int64_t>(next_scan_at_ - now);
         Sleep(JoiningSoon() ? std::min(pass, join_look_ns_) : pass);
       } else if (Sleep(std::min(static_cast<std::int64_t>(next_scan_at_ - now), kNewsSleep)); engine_->HearNews()) {
-        next_scan_at_ = std::min(next_scan_at_, std::max(now, rest_until_));
+        // What others have to say is worth a pass at once where it is worth more than the pass takes; the rest is gathered for a while.
+        const bool now_or_never = engine_->NewsPages() < 0 || engine_->NewsPages() * kWorthOfPageNs >= pass_cpu_ns_;
+        const std::uint64_t soon = now_or_never ? now : pass_ended_at_ + static_cast<std::uint64_t>(kLongestPassSleep);
+        next_scan_at_ = std::min(next_scan_at_, std::max(soon, rest_until_));
       }
       continue;
     }
@@ -606,9 +612,9 @@ std::int64_t Runtime::AdvisePages() const {
   return std::max(least, std::min(most, static_cast<std::int64_t>(wanted)));
 }
 
-// Whether the pass that has just ended paid for itself: by what is saved now and was not at any time of the last seconds. What the
-// program fills and the scanner drops again and again saves nothing.
-bool Runtime::PassPaid() {
+// How many times over the pass that has just ended paid for itself: by what is saved now and was not at any time of the last seconds.
+// What the program fills and the scanner drops again and again saves nothing.
+std::int64_t Runtime::PassPaid() {
   const CounterValues counters = engine_->counters().Read();
   const std::int64_t saved = counters.in(PageState::kMerged) + counters.in(PageState::kZero);
   const std::uint64_t now = system_->NowNanoseconds();
@@ -620,15 +626,15 @@ bool Runtime::PassPaid() {
   const auto cpu = static_cast<std::int64_t>(system_->ThreadCpuNanoseconds());
   pass_cpu_ns_ = cpu - cpu_at_pass_;
   cpu_at_pass_ = cpu;
-  const auto worth_it = [&](std::int64_t pages) { return pages > 0 && pages * kWorthOfPageNs >= pass_cpu_ns_; };
+  const auto worth = [&](std::int64_t pages) { return pages > 0 ? pages * kWorthOfPageNs / std::max<std::int64_t>(pass_cpu_ns_, 1) : 0; };
   // What has just been written or broken may come to rest: then the next passes pay, or those after the time that broken pages
   // are left alone.
-  if (worth_it(counters.cow_breaks - breaks_at_pass_)) {
+  if (worth(counters.cow_breaks - breaks_at_pass_) >= kPromising) {
     promising_until_ = now + engine_->SecondsToRemerge() * std::uint64_t{1000} * kMillisecond + kAfterRemergeNs;
   }
   breaks_at_pass_ = counters.cow_breaks;
-  promising_ = now < promising_until_ || worth_it(counters.in(PageState::kFresh));
-  return worth_it(gain);
+  promising_ = now < promising_until_ || worth(counters.in(PageState::kFresh)) >= kRichly;
+  return worth(gain);
 }
 
 // One step, and when pacing lets the next one come. A command that ends the sleep does not bring the next step forward.
@@ -666,17 +672,21 @@ void Runtime::Scan() {
   if (step.pass_ended) {
     // The length of a pass is the interval in which a page has to be still: not shorter than a tenth of a second, unless
     // somebody wants it flat out. A pass that finds nothing doubles it, and so does one that finds less than it costs.
-    const bool paid = PassPaid();
-    const bool fruitful = step.fruitful && (paid || !settings_.smart_scan.load(std::memory_order_relaxed));
+    const std::int64_t paid = settings_.smart_scan.load(std::memory_order_relaxed) ? PassPaid() : (PassPaid(), kRichly);
+    const std::int64_t shortest = std::max(kFirstPassSleep, sleep_millisecs * kMillisecond);
+    pass_ended_at_ = now;
     if (sleep_millisecs == 0) {
       pass_sleep_ns_ = step.fruitful ? 0 : std::min(pass_sleep_ns_ + kMillisecond, 20 * kMillisecond);
-    } else if (fruitful || step.eager || pass_sleep_ns_ == 0) {
-      pass_sleep_ns_ = std::max(kFirstPassSleep, sleep_millisecs * kMillisecond);
+    } else if ((step.fruitful && paid >= kRichly) || pass_sleep_ns_ == 0) {
+      pass_sleep_ns_ = shortest;
+    } else if (step.fruitful && paid > 0) {
+      pass_sleep_ns_ = std::max(pass_sleep_ns_ / 2, shortest);
     } else {
       const std::int64_t longest = promising_ ? kLongestPassSleep : std::clamp(pass_cpu_ns_ * kFruitlessPart, kLongestPassSleep, kFruitlessSleep);
       pass_sleep_ns_ = std::min(pass_sleep_ns_ * 2, longest);
     }
-    sleep = std::max(sleep, pass_sleep_ns_);
+    // What is to be looked at once more is looked at soon, whatever that says of the passes after it.
+    sleep = std::max(sleep, step.eager ? std::min(shortest, pass_sleep_ns_) : pass_sleep_ns_);
   }
   next_scan_at_ = now + static_cast<std::uint64_t>(sleep);
 }

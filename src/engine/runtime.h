@@ -159,7 +159,7 @@ class Runtime {
   bool MayRunWhileParked(const Command& command) const;
   void Sleep(std::int64_t ns);
   void Scan();
-  bool PassPaid();
+  std::int64_t PassPaid();
   void Answer(Slot* slot);
   void Nudge();
   // domain.cc
@@ -209,7 +209,7 @@ class Runtime {
   std::size_t batch_pages_ = 0;
   std::int64_t debt_ns_ = INT64_MIN / 2;  // wall time still to be slept off for CPU time used; below 0: saved up
   std::uint64_t budget_at_ = 0;      // when that was reckoned last, ns
-  std::uint64_t next_scan_at_ = 0;
+  std::uint64_t next_scan_at_ = 0, pass_ended_at_ = 0;
   std::uint64_t rest_until_ = 0;     // of that sleep, what is for the CPU time used
   std::atomic<bool> tunables_changed_{false};
 

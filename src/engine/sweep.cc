@@ -11,7 +11,7 @@ namespace {
 constexpr std::size_t kChunkBytes = std::size_t{8} << 20;  // what a command waits for, and PAGEMAP_SCAN holds mmap_lock for reading
 constexpr std::size_t kRuns = 1024;
 constexpr std::uint32_t kAuditEvery = 64;                   // passes
-constexpr std::uint8_t kMaxBackoff = 6;
+constexpr std::uint8_t kMaxBackoff = 4;
 constexpr std::size_t kQuietBytes = std::size_t{256} << 20;
 constexpr std::uint32_t kLookPasses = 64;                   // and kLookNs, whichever is later
 constexpr std::uint64_t kLookNs = 4'000'000'000;
