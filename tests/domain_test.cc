@@ -386,7 +386,7 @@ KSMU_ISOLATED_TEST(Domain, ASlowBrokerIsHeardLater, 60) {
   broker.WaitForFrames(0, 6);
   const std::string log = broker.log();
   std::size_t joined = 0;
-  for (std::size_t at = 0; (at = log.find("joined", at)) != std::string::npos; ++at) ++joined;
+  for (std::size_t at = 0; (at = log.find(") joined", at)) != std::string::npos; ++at) ++joined;
   EXPECT_EQ(joined, 1u) << log;
   EXPECT_EQ(log.find("dropped"), std::string::npos) << log;
 }

@@ -305,6 +305,13 @@ bool Member::SendGivenUp() {
   return !Busy() && SendKept(Kind::kDrop, &drops_, &out_.words) && SendKept(Kind::kRelease, &releases_, &out_.words);
 }
 
+// Two MiB that would else stay with each member of a fleet, which publishes a little now and then.
+void Member::ClearRing() {
+  if (!ring_used_ || Busy()) return;
+  os::ClearReceived(ring_, wire::kRingPages * page_bytes_);
+  ring_used_ = false;
+}
+
 Member::Answer Member::Settle(Want* wants, std::size_t count) {
   if (!channel_.open() || count == 0 || count > wire::kMaxSettle) return Answer::kGone;
   if (Busy()) return Answer::kLater;

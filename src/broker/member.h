@@ -42,8 +42,12 @@ class Member final : public frames::Source {
 
   std::uint64_t seed() const override { return seed_; }
   bool merges_across_nodes() const override { return !by_node_; }
-  std::byte* ring() override { return ring_; }
+  std::byte* ring() override {
+    ring_used_ = true;
+    return ring_;
+  }
   std::size_t ring_pages() const override { return wire::kRingPages; }
+  void ClearRing() override;
   Answer Settle(Want* wants, std::size_t count) override;
   bool Busy() const override { return awaited_ != kNothing; }
   int OpenFile(std::size_t number, os::File* out) override;
@@ -85,6 +89,7 @@ class Member final : public frames::Source {
   const std::size_t page_bytes_;
   os::Channel channel_;
   std::byte* ring_ = nullptr;
+  bool ring_used_ = false;
   std::byte* canary_ = nullptr;
   int index_fd_ = -1;
   std::byte* index_ = nullptr;

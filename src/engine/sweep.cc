@@ -95,6 +95,7 @@ Engine::StepResult Engine::Step() {
     result.eager = eager_;
     eager_ = heard_ = false;
     ForgetReadBuffer();
+    if (pool_.source() && pool_.provisions() == 0 && !pool_.source()->Busy()) pool_.source()->ClearRing();
     fruitful_ = false;
     cursor_ = 0;
     const std::uint64_t now = system_.NowNanoseconds();

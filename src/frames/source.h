@@ -46,6 +46,8 @@ class Source {
   // Where contents are put that are to be published.
   virtual std::byte* ring() = 0;
   virtual std::size_t ring_pages() const = 0;
+  // What lies in the ring is not needed any more. While no answer is awaited.
+  virtual void ClearRing() {}
 
   enum class Answer { kGranted, kLater, kGone };
   // Asks for all of them (at most kMaxWants) and waits a moment for the answers. kLater: nothing is granted now; if it has been

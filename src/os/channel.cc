@@ -143,6 +143,8 @@ int MapReceived(int fd, std::size_t bytes, bool inherited, std::byte** out) {
 
 void UnmapReceived(std::byte* at, std::size_t bytes) { raw::Munmap(reinterpret_cast<std::uintptr_t>(at), bytes); }
 
+void ClearReceived(std::byte* at, std::size_t bytes) { raw::Madvise(reinterpret_cast<std::uintptr_t>(at), bytes, MADV_REMOVE); }
+
 std::size_t SizeOf(int fd) {
   struct stat status {};
   return raw::Repeat([&] { return fstat(fd, &status); }) == 0 && status.st_size > 0 ? static_cast<std::size_t>(status.st_size) : 0;

@@ -41,6 +41,8 @@ int CreateRing(std::size_t bytes, int* fd, std::byte** out);
 // Maps what came by a channel. `inherited`: forked children have it too, and it is writable.
 int MapReceived(int fd, std::size_t bytes, bool inherited, std::byte** out);
 void UnmapReceived(std::byte* at, std::size_t bytes);
+// Gives the memory of a mapped ring back: it is all zeros then, for both sides.
+void ClearReceived(std::byte* at, std::size_t bytes);
 // What a frames' file has to be: a memfd of that length, which nobody can change. 0 or -errno.
 int CheckFramesFile(int fd, std::size_t bytes, File* out);
 std::size_t SizeOf(int fd);  // 0: it cannot be told
