@@ -188,7 +188,7 @@ def warm_up(given, kernel, initrd):
             for number in range(given.guests):
                 fleet.append(guest.Guest(work, f"guest{number}", kernel, initrd, given.memory, KSMU_BROKER="none"))
             for machine in fleet:
-                machine.boot()
+                machine.boot(max(300, 15 * given.guests))
         finally:
             for machine in fleet:
                 machine.end()
@@ -212,7 +212,7 @@ def run(kind, given, kernel, initrd):
                 fleet.append(guest.Guest(work, f"guest{number}", kernel, initrd, given.memory, before=before,
                                          **variables, KSMU_STATS=os.path.join(work, f"guest{number}.stats.%p:10")))
             for machine in fleet:
-                machine.boot()
+                machine.boot(max(300, 15 * given.guests))
             ready = time.time()
             time.sleep(max(0.0, given.seconds - 2))
             used = free - available()
@@ -235,6 +235,9 @@ def run(kind, given, kernel, initrd):
                 breaks = sum(m.counter("cow_breaks") for m in fleet)
                 zeros = sum(m.counter("ksm_zero_pages") for m in fleet)
                 said = f"{merged} pages merged, {zeros} zero, {breaks} breaks; {broker.state()}\n        not merged: {why_not(fleet)}"
+            # Where many share few CPUs, some have not got round by then.
+            for machine in fleet:
+                machine.wait(lambda machine=machine: machine.round() > 0, 300)
             for machine in fleet:
                 if machine.wrong() or machine.process.poll() is not None or machine.round() == 0:
                     raise RuntimeError(f"{machine.name}: {machine.wrong()[:3]} {machine.complaints()}")
@@ -256,6 +259,7 @@ def main():
     options.add_argument("--watch", type=int, default=30, help="seconds of which the CPU time is taken after that (%(default)s)")
     options.add_argument("--repetitions", type=int, default=1, help="of each (%(default)s)")
     options.add_argument("--only", default="none,KSM,ksmu", help="which of them (%(default)s)")
+    options.add_argument("--no-warm-up", action="store_true", help="measure the first fleet, too")
     given = options.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
@@ -273,7 +277,8 @@ def main():
         results = {kind: [] for kind in kinds}
         try:
             # Not counted: whatever is the first to use so much memory looks cheaper than the same a second time, by a hundred MiB and more.
-            warm_up(given, kernel, initrd)
+            if not given.no_warm_up:
+                warm_up(given, kernel, initrd)
             for _ in range(given.repetitions):
                 for kind in kinds:
                     results[kind].append(run(kind, given, kernel, initrd))

@@ -25,7 +25,7 @@ import urllib.request
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "preload"))
 from control_support import Broker, Checks, Member, PAGES, usable, wait_for  # noqa: E402
-from support import environment, skip  # noqa: E402
+from support import environment, skip, tool  # noqa: E402
 
 KSM = "/sys/kernel/mm/ksm"
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x00020000, 0x4000, 1 << 18
@@ -137,9 +137,9 @@ int main(void) {
 
 
 def ksmtuned(machine):
-    program, qemu = shutil.which("ksmtuned") or "/usr/sbin/ksmtuned", shutil.which("qemu-system-x86_64")
-    if not os.path.exists(program):
-        skip("ksmtuned is not installed")
+    program, qemu = tool("ksmtuned"), tool("qemu-system-x86_64")
+    if not program:
+        skip("ksmtuned is not there")
     if not qemu:
         skip("qemu-system-x86_64 is not installed: ksmtuned looks at its processes")
     memory = {line.split(":")[0]: int(line.split()[1]) for line in open("/proc/meminfo")}
@@ -150,9 +150,11 @@ def ksmtuned(machine):
     with open(config, "w") as f:
         # An hour: what it does, it does when it is told that guests have changed. Enough memory now; not with another 700 MiB taken.
         f.write(f"KSM_MONITOR_INTERVAL=3600\nKSM_NPAGES_BOOST=300\nKSM_NPAGES_DECAY=-50\nKSM_NPAGES_MIN=64\nKSM_NPAGES_MAX=1250\nKSM_THRES_COEF=0\nKSM_THRES_CONST={free - 300 * 1024}\n")
-    if not os.path.exists("/etc/ksmtuned.conf"):
-        skip("there is no /etc/ksmtuned.conf, over which this test's is bound")
-    subprocess.run(["mount", "--bind", config, "/etc/ksmtuned.conf"], check=True)
+    # It looks for that in /etc alone.
+    etc = machine.directory + "/etc"
+    shutil.copytree("/etc", etc, symlinks=True, ignore_dangling_symlinks=True)
+    shutil.copy(config, etc + "/ksmtuned.conf")
+    subprocess.run(["mount", "--bind", etc, "/etc"], check=True)
     machine.join()
     daemon = subprocess.Popen(["bash", program], env=environment(DEBUG="0"), stdin=subprocess.DEVNULL)
     guest = None
@@ -196,9 +198,9 @@ def ksmtuned(machine):
 
 
 def exporter(machine):
-    program = shutil.which("prometheus-node-exporter")
+    program = tool("prometheus-node-exporter")
     if not program:
-        skip("prometheus-node-exporter is not installed")
+        skip("prometheus-node-exporter is not there")
     machine.join()
     check("merged", wait_for(lambda: machine.number("pages_sharing") >= 2 * PAGES * 7 // 8 - PAGES))
     with socket.socket() as s:
@@ -232,14 +234,18 @@ def exporter(machine):
 
 
 def virsh(machine):
-    daemon, client = shutil.which("libvirtd") or "/usr/sbin/libvirtd", shutil.which("virsh")
-    if not client or not os.path.exists(daemon):
+    daemon, client = tool("libvirtd"), tool("virsh")
+    if not client or not daemon:
         skip("libvirtd or virsh is not installed")
     run = machine.directory + "/run"
     os.makedirs(run)
     config = machine.directory + "/libvirtd.conf"
     with open(config, "w") as f:
         f.write(f'listen_tls = 0\nlisten_tcp = 0\nunix_sock_dir = "{run}"\nauth_unix_ro = "none"\nauth_unix_rw = "none"\nlog_outputs = "3:stderr"\n')
+    # What it would leave on the machine.
+    for place in ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/etc/libvirt", "/var/log/libvirt"):
+        if os.path.isdir(place):
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True)
     one = subprocess.Popen([daemon, "--config", config, "--pid-file", run + "/pid"], env=environment(), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def tune(*arguments):
@@ -267,9 +273,10 @@ def virsh(machine):
 
 
 def kernel(machine):
-    archive = next(iter(glob.glob("/usr/src/linux-source-6.*.tar.xz")), None)
+    unpacked = os.path.dirname(HERE) + "/build/unpacked/usr/src/linux-source-6.*.tar.xz"
+    archive = next(iter(glob.glob("/usr/src/linux-source-6.*.tar.xz") + glob.glob(unpacked)), None)
     if not archive:
-        skip("linux-source-6.1 is not installed")
+        skip("linux-source-6.1 is not there")
     if not shutil.which("cc"):
         skip("there is no C compiler")
     name = os.path.basename(archive)[:-len(".tar.xz")]

@@ -18,7 +18,7 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "preload"))
 from control_support import PAGES, Broker, Checks, Member, usable, wait_for  # noqa: E402
-from support import environment, skip  # noqa: E402
+from support import environment, skip, tool  # noqa: E402
 
 SOURCE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OPEN, PLAIN = "application/openmetrics-text; version=1.0.0; charset=utf-8", "text/plain; version=0.0.4; charset=utf-8"
@@ -510,11 +510,11 @@ def promtool(broker, directory):
     path = directory + "/ksmu.prom"
     expect(broker, "a file with members", ["metrics", "--members", "--textfile", path], 0)
     check("the text format, with members", not Text(read(path), False).wrong, Text(read(path), False).wrong)
-    if not shutil.which("promtool"):
-        checks.skip("promtool", "promtool (of Debian's package prometheus) is not installed")
+    if not tool("promtool"):
+        checks.skip("promtool", "promtool (of Debian's package prometheus) is not there")
         return
     for name, text, want in (("takes the file", read(path), True), ("would see a fault", read(path).replace("_total", "_sum"), False)):
-        done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([tool("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, timeout=60, check=False)
         check(f"promtool {name}", (done.returncode == 0 and not done.stderr and not done.stdout) == want, done)
 
 

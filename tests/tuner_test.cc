@@ -75,7 +75,8 @@ TEST(TunerPlan, ManyMembersShareHalfOfTheMachine) {
   EXPECT_EQ(joined(8, 8), 50);
   EXPECT_EQ(joined(8, 16), 25);
   EXPECT_EQ(joined(8, 40), 10);
-  EXPECT_EQ(joined(8, 1000), 10);  // no less than they have in calm
+  EXPECT_EQ(joined(8, 100), 4);  // less than what they have in calm where there are few
+  EXPECT_EQ(joined(8, 1000), 2);
   EXPECT_EQ(joined(1, 1), 50);
   EXPECT_EQ(joined(0, 1), 50);
   EXPECT_EQ(joined(-3, 4), 12);
@@ -93,10 +94,13 @@ TEST(TunerPlan, ABudgetIsReckonedAnewWhenMembersHaveDoubled) {
   fleet.Join(1);
   EXPECT_EQ(fleet.Look(), State::kJoined);
   EXPECT_EQ(fleet.tuner.plan().cpu_limit_percent, 25);
-  // In calm it is what it is.
+  // In calm it is ten at the most, and for so many less.
   ASSERT_NE(fleet.Until(State::kCalm, kMinute), ~std::uint64_t{0});
   fleet.seen.members *= 4;
   EXPECT_EQ(fleet.Look(), State::kCalm);
+  ExpectValues(fleet.tuner.plan(), 1, 20, 6);
+  fleet.seen.members /= 4;
+  fleet.Look();
   ExpectValues(fleet.tuner.plan(), 1, 20, 10);
 }
 

@@ -14,8 +14,8 @@ namespace {
 constexpr std::uint64_t kSecond = 1'000'000'000, kMinute = 60 * kSecond;
 constexpr std::uint64_t kSlotNs = 5 * kSecond;  // times kSlots: a minute
 
-// Of all members of a domain together, in percent of the machine: where there are many, each gets less, but never less than in calm.
-constexpr std::int64_t kShareOfMachine = 50;
+// Of all members of a domain together, in percent of the machine: where there are many, each gets less, down to a little.
+constexpr std::int64_t kShareOfMachine = 50, kLeastBudget = 2;
 
 constexpr std::uint64_t kJoinedFor = 10 * kSecond;
 // From one beginning of `joined` to the next. Twice as long each time that nothing was gained since the one before.
@@ -211,12 +211,12 @@ void Tuner::NoteJoins(const Observation& seen) {
   joined_ = seen.joined;
 }
 
+// All members together get their share of the machine, whatever the state: 50 scanners, each with a tenth of a CPU, would be all that
+// two CPUs have, and what they merge would have to wait for them.
 void Tuner::SetBudget(std::size_t members) {
   budget_for_ = members;
-  const std::int64_t calm = RowOf(State::kCalm).cpu_limit_percent, most = RowOf(plan_.state).cpu_limit_percent;
-  if (most <= calm) return;
   const auto share = kShareOfMachine * cpus_ / static_cast<std::int64_t>(std::clamp<std::size_t>(members, 1, 1 << 20));
-  plan_.cpu_limit_percent = std::clamp(share, calm, most);
+  plan_.cpu_limit_percent = std::min(RowOf(plan_.state).cpu_limit_percent, std::max(share, kLeastBudget));
 }
 
 void Tuner::Enter(State state, const Observation& seen) {
@@ -308,8 +308,8 @@ Tuner::Plan Tuner::Decide(std::uint64_t now_ns, const Observation& observed, con
   }
   Note(seen);
   if (const State next = Next(seen, pressure); next != plan_.state) Enter(next, seen);
-  // A budget that was reckoned for fewer is not theirs.
-  if (seen.members >= 2 * budget_for_) SetBudget(seen.members);
+  // A budget that was reckoned for fewer, or for many more, is not theirs.
+  if (seen.members >= 2 * budget_for_ || 2 * seen.members <= budget_for_) SetBudget(seen.members);
   if (plan_.state == State::kResting) plan_.run = Rests() ? 0 : 1;
   return plan_;
 }

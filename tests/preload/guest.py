@@ -253,8 +253,8 @@ class Guest:
             time.sleep(0.1)
         return True
 
-    def boot(self):
-        if not self.wait(lambda: "GUEST READY" in self.said(), 300):
+    def boot(self, seconds=300):
+        if not self.wait(lambda: "GUEST READY" in self.said(), seconds):
             raise RuntimeError(f"{self.name} does not boot: {self.said()[-500:]} {self.complaints()}")
 
     def measures(self):

@@ -1,12 +1,19 @@
 """What the tests of the shim on real programs share."""
 import os
 import re
+import shutil
 import sys
 
 
 def environment(**variables):
     """This process's, without what it may say to the library itself."""
     return {k: v for k, v in os.environ.items() if not k.startswith("KSMU_")} | variables
+
+
+def tool(name):
+    """A program that is installed, or that scripts/setup has unpacked; else nothing."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + "/build/unpacked"
+    return shutil.which(name, path=os.environ.get("PATH", "") + f":/usr/sbin:/sbin:{root}/usr/bin:{root}/usr/sbin")
 
 
 def counter(stats, name):
