@@ -446,7 +446,7 @@ class Engine {
   std::uint64_t look_at_ = 0;
   bool fruitful_ = false;
   bool eager_ = false;            // in this pass: something is to be looked at again at once
-  bool heard_ = false;            // of a segment that is sampled, since the pass began
+  std::int64_t heard_ = 0;        // pages of segments that are sampled that others have too, by what was heard since the pass began
   bool now_ = false;              // ksmu_merge: pages need not have been still
   std::uint64_t mappings_until_ = 0;  // not counted again before, however often ksmu_merge is called
   std::size_t mappings_at_pass_ = 0;  // counted once a pass, 0: not yet

@@ -93,7 +93,8 @@ Engine::StepResult Engine::Step() {
     result.pass_ended = true;
     result.fruitful = fruitful_;
     result.eager = eager_;
-    eager_ = heard_ = false;
+    eager_ = false;
+    heard_ = 0;
     ForgetReadBuffer();
     fruitful_ = false;
     cursor_ = 0;
