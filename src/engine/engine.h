@@ -523,6 +523,7 @@ class Engine {
   std::uint64_t in_flight_until_ = 0;  // the latest of them
   std::uint64_t all_in_flight_until_ = 0;  // more than the ring can hold: any page may be one
   bool pins_known_ = false;       // and it is of this pass
+  std::uint64_t pins_until_ = 0;  // and good until then, ns
   void (*poll_)(void*) = nullptr;
   void* poll_cookie_ = nullptr;
   const os::File* inherited_ = nullptr;
