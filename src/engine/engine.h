@@ -200,6 +200,8 @@ class Engine {
   Address QuietUntil(const Region& region, Address from);
   std::size_t SweepPart(const Region& region, Address segment, std::size_t low, std::size_t high, const Bitmaps& bits,
                         bool now);
+  bool MayBeReferredTo(Page page);
+  bool WrittenLongAgo(Page page) const;
   void ConfirmBreaks(Span span);
   bool ConfirmCopy(Words* word, Page* page);
   void LookAtCovering(Span span);
@@ -524,6 +526,14 @@ class Engine {
   std::uint64_t all_in_flight_until_ = 0;  // more than the ring can hold: any page may be one
   bool pins_known_ = false;       // and it is of this pass
   std::uint64_t pins_until_ = 0;  // and good until then, ns
+  // The same of requests that hold pages by a reference only.
+  bool references_ = false, references_known_ = false;
+  std::uint64_t references_until_ = 0;  // not looked for again before
+  struct PassTime {
+    std::uint32_t second, pass;
+  };
+  std::array<PassTime, 64> pass_times_{};  // when passes began: a ring, in which some are left out
+  std::size_t pass_times_next_ = 0;
   void (*poll_)(void*) = nullptr;
   void* poll_cookie_ = nullptr;
   const os::File* inherited_ = nullptr;
