@@ -2,14 +2,17 @@
 #include <fcntl.h>
 #include <liburing.h>
 #include <linux/aio_abi.h>
+#include <linux/fuse.h>
 #include <linux/magic.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/inotify.h>
+#include <sys/mount.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/statfs.h>
 #include <sys/timerfd.h>
+#include <sys/wait.h>
 
 #include "kernel_semantics_system.h"
 
@@ -217,6 +220,116 @@ TEST_F(LinuxSystemPins, DirectIoIsToldFromBuffered) {
     syscall(SYS_io_destroy, queue);
     EXPECT_EQ(system_->PossiblePins(), Pins::kBrief);
   }
+}
+
+// A file system of which one file can be opened, and whose server then says nothing more.
+class SilentFileSystem {
+ public:
+  SilentFileSystem() {
+    const int device = open("/dev/fuse", O_RDWR | O_CLOEXEC);
+    if (device < 0 || !mkdtemp(path_)) return;
+    char options[128];
+    snprintf(options, sizeof options, "fd=%d,rootmode=40000,user_id=%u,group_id=%u", device, getuid(), getgid());
+    if (mount("silent", path_, "fuse", MS_NOSUID | MS_NODEV, options) == 0 && (server_ = fork()) == 0) Serve(device);
+    close(device);
+  }
+  ~SilentFileSystem() {
+    End();
+    umount2(path_, MNT_DETACH);
+    rmdir(path_);
+  }
+  bool mounted() const { return server_ > 0; }
+  int Open() const { return open((std::string(path_) + "/file").c_str(), O_RDONLY | O_CLOEXEC); }
+  // Whoever waits for an answer gets an error.
+  void End() {
+    if (server_ <= 0) return;
+    kill(server_, SIGKILL);
+    waitpid(server_, nullptr, 0);
+    server_ = 0;
+  }
+
+ private:
+  template <class Body>
+  static void Answer(int device, std::uint64_t unique, const Body& body) {
+    struct {
+      fuse_out_header header;
+      Body body;
+    } answer{};
+    answer.header = {static_cast<std::uint32_t>(sizeof(fuse_out_header) + sizeof body), 0, unique};
+    std::memcpy(&answer.body, &body, sizeof body);
+    [[maybe_unused]] const ssize_t written = write(device, &answer, answer.header.len);
+  }
+  [[noreturn]] static void Serve(int device) {
+    alignas(8) static char request[1 << 17];
+    for (bool open = false; read(device, request, sizeof request) > 0;) {
+      fuse_in_header header;
+      std::memcpy(&header, request, sizeof header);
+      if (header.opcode == FUSE_INIT) {
+        fuse_init_out out{};
+        out.major = FUSE_KERNEL_VERSION;
+        out.minor = 31;
+        out.max_write = 4096;
+        Answer(device, header.unique, out);
+      } else if (header.opcode == FUSE_LOOKUP && !open) {
+        fuse_entry_out out{};
+        out.nodeid = 2;
+        out.attr.ino = 2;
+        out.attr.mode = S_IFREG | 0644;
+        out.attr.nlink = 1;
+        Answer(device, header.unique, out);
+      } else if (header.opcode == FUSE_OPEN) {
+        Answer(device, header.unique, fuse_open_out{});
+        open = true;
+      }
+    }
+    _exit(0);
+  }
+
+  char path_[32] = "/tmp/ksmu_silent_XXXXXX";
+  pid_t server_ = 0;
+};
+
+// The look waits for nobody's server: the program's own calls wait for the scanner.
+TEST_F(LinuxSystemPins, ASilentServerIsNotAsked) {
+  const Pins before = system_->PossiblePins();
+  SilentFileSystem silent;
+  if (!silent.mounted()) GTEST_SKIP() << "no FUSE here, or no right to mount it";
+  const int file = silent.Open();
+  ASSERT_GE(file, 0) << std::strerror(errno);
+  std::atomic<int> seen{-1};
+  Worker look([&] {
+    const Pins pins = system_->PossiblePins();
+    const bool references = system_->PossibleReferences();
+    seen = static_cast<int>(pins) + (references ? 100 : 0);
+  });
+  EXPECT_TRUE(WaitFor([&] { return seen != -1; })) << "it waits for an answer";
+  silent.End();
+  look.Join();
+  close(file);
+  if (before == Pins::kBrief) {
+    EXPECT_EQ(seen, static_cast<int>(Pins::kRequests)) << "FUSE may have its server write to the program's pages, which it pins";
+  }
+}
+
+// Where direct I/O does not pin pages.
+TEST_F(LinuxSystemPins, OrdinaryDescriptorsHoldNoReferences) {
+  if (system_->PossibleReferences()) GTEST_SKIP() << "the test was started with descriptors of a network file system";
+  const int memory = memfd_create("file", 0);
+  int ends[2];
+  ASSERT_EQ(pipe2(ends, O_DIRECT), 0);
+  const int device = open("/dev/zero", O_RDWR | O_DIRECT);
+  char name[] = "/var/tmp/ksmu_pins_XXXXXX";
+  const int file = mkstemp(name);
+  ASSERT_GE(file, 0);
+  unlink(name);
+  struct statfs status {};
+  ASSERT_EQ(fstatfs(file, &status), 0);
+  fcntl(memory, F_SETFL, O_DIRECT);
+  EXPECT_FALSE(system_->PossibleReferences());
+  if (fcntl(file, F_SETFL, O_DIRECT) == 0) {
+    EXPECT_EQ(system_->PossibleReferences(), status.f_type == OVERLAYFS_SUPER_MAGIC) << "what lies below is not known";
+  }
+  for (int fd : {memory, ends[0], ends[1], device, file}) close(fd);
 }
 
 // Called from a thread with a table of its own, as the library does: what is in that table is no matter.

@@ -456,7 +456,9 @@ KSMU_API int ksmu_get(const char *name, int64_t *value);
  *   remerge_seconds    60      0 ..      but not before they have been unwritten for so long, seconds. IT MUST EXCEED
  *                                        THE LONGEST TIME FOR WHICH ANY WRITE BY THE KERNEL OR A DEVICE INTO THE
  *                                        PROGRAM'S MEMORY CAN BE UNDER WAY (direct I/O, process_vm_writev): the
- *                                        page that such a write claimed would be replaced under it, the write lost
+ *                                        page that such a write claimed would be replaced under it, the write lost.
+ *                                        Where files of NFS, Ceph (O_DIRECT) or 9p are open no page is merged
+ *                                        that was written less than so long ago
  *   remerge_quick_seconds 10   0 ..      the same, where no open descriptor can have a device write into the program's memory, and
  *                                        none could for the last remerge_seconds: no O_DIRECT, block device, io_uring,
  *                                        AIO, KVM, no file but on ext4, XFS, Btrfs, tmpfs, procfs and the like. The

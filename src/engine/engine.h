@@ -200,6 +200,8 @@ class Engine {
   Address QuietUntil(const Region& region, Address from);
   std::size_t SweepPart(const Region& region, Address segment, std::size_t low, std::size_t high, const Bitmaps& bits,
                         bool now);
+  bool MayBeReferredTo(Page page);
+  bool WrittenLongAgo(Page page) const;
   void ConfirmBreaks(Span span);
   bool ConfirmCopy(Words* word, Page* page);
   void LookAtCovering(Span span);
@@ -446,7 +448,7 @@ class Engine {
   std::uint64_t look_at_ = 0;
   bool fruitful_ = false;
   bool eager_ = false;            // in this pass: something is to be looked at again at once
-  bool heard_ = false;            // of a segment that is sampled, since the pass began
+  std::int64_t heard_ = 0;        // pages of segments that are sampled that others have too, by what was heard since the pass began
   bool now_ = false;              // ksmu_merge: pages need not have been still
   std::uint64_t mappings_until_ = 0;  // not counted again before, however often ksmu_merge is called
   std::size_t mappings_at_pass_ = 0;  // counted once a pass, 0: not yet
@@ -523,6 +525,15 @@ class Engine {
   std::uint64_t in_flight_until_ = 0;  // the latest of them
   std::uint64_t all_in_flight_until_ = 0;  // more than the ring can hold: any page may be one
   bool pins_known_ = false;       // and it is of this pass
+  std::uint64_t pins_until_ = 0;  // and good until then, ns
+  // The same of requests that hold pages by a reference only.
+  bool references_ = false, references_known_ = false;
+  std::uint64_t references_until_ = 0;  // not looked for again before
+  struct PassTime {
+    std::uint32_t second, pass;
+  };
+  std::array<PassTime, 64> pass_times_{};  // when passes began: a ring, in which some are left out
+  std::size_t pass_times_next_ = 0;
   void (*poll_)(void*) = nullptr;
   void* poll_cookie_ = nullptr;
   const os::File* inherited_ = nullptr;

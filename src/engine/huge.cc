@@ -25,7 +25,6 @@ constexpr std::uint8_t kLooks = 2;            // complete ones
 constexpr std::uint16_t kLetGoPasses = 32;    // until it is looked at again, and twice as many each time
 constexpr std::uint8_t kMaxLetGo = 6;
 constexpr std::uint8_t kMostRestless = 8;
-constexpr std::uint32_t kOneIn = 16;
 
 // Of a segment of so many pages, those by which a change of all of it is noticed.
 std::size_t ProbeAt(std::size_t i, std::size_t pages) {
@@ -183,7 +182,7 @@ std::size_t Engine::ExpectedOf(const Segment& segment, bool now) {
                  sample_table_.Elsewhere(hash, PlaceOf(segment));
     found += known || IsKnown(hash);
   }
-  return std::max(found * kOneIn, now ? sample.alike : sample.still_alike) + (now ? sample.zeros : sample.still_zeros);
+  return std::max(found * frames::SampleTable::kOneIn, now ? sample.alike : sample.still_alike) + (now ? sample.zeros : sample.still_zeros);
 }
 
 // Whether the contents of a few pages tell that the segment, which waits to be looked at, is not what it was; and, where it is

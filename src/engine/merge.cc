@@ -210,7 +210,7 @@ std::size_t Engine::Fit(const Region& region, Address start, std::size_t pages, 
       std::upper_bound(look_runs_, look_runs_ + look_.runs, start,
                        [](Address at, const os::PageRun& run) { return at < run.end; }) - look_runs_);
   const auto fit = [&](const os::PageRun& run) {
-    return !(run.categories & os::kPfnZero) && (now_ || !(run.categories & os::kWritten));
+    return !(run.categories & os::kPfnZero) && ((now_ && !references_) || !(run.categories & os::kWritten));
   };
   if (r == look_.runs || look_runs_[r].start > start || !fit(look_runs_[r])) {
     *reason = Reason::kNone;  // not there any more: the next sweep sees what is

@@ -19,6 +19,7 @@ namespace {
 // which would find nothing if the page had been taken out of its place: the discard would be lost.
 constexpr std::uint32_t kZapSeconds = 3;
 constexpr int kCopyTries = 1000;
+constexpr std::uint64_t kPinsLive = 1'000'000'000;  // ns
 constexpr std::uint32_t kLookedAt = 15;  // Page::tries of a broken page that could not be helped: not tried again every pass
 }  // namespace
 
@@ -66,8 +67,11 @@ std::uint32_t Engine::QuickSeconds() const {
 }
 
 os::Pins Engine::LookForPins() {
+  const std::uint64_t begun = system_.NowNanoseconds();
   pins_ = system_.PossiblePins();
   pins_known_ = true;
+  const std::uint64_t now = system_.NowNanoseconds();
+  pins_until_ = now + std::max(kPinsLive, 50 * (now - begun));
   if (pins_ != os::Pins::kBrief) requests_seen_ = true, requests_at_ = NowSeconds();
   return pins_;
 }
@@ -113,8 +117,9 @@ void Engine::TendBroken(const Region& region, Address from, Address to) {
     if (system_.QueryMapping(at, &mapping) == 0 && mapping.start <= at) end = std::min(end, mapping.end);
     const Span run{at, end - at};
     // A long-term pin may be older than the break, and a page pinned for DMA must stay where it is. Pins taken after
-    // the last sweep had to write to the page first, and then it is not ripe: so one look a pass is enough.
-    if (!pins_known_) LookForPins();
+    // the last sweep had to write to the page first, and then it is not ripe: so one look a pass is enough. But for those that a device
+    // only reads by (a memory region of RDMA's that others may read): they leave no trace, and a pass can take a minute.
+    if (!pins_known_ || system_.NowNanoseconds() >= pins_until_) LookForPins();
     if (pins_ == os::Pins::kForLong) return;
     if (const std::uint32_t needed = SecondsToRemerge(); needed > seconds) {
       seconds = needed;

@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <climits>
 #include <new>
+#include <utility>
 
 #include "os/mappings.h"
 #include "os/thread.h"
@@ -335,7 +336,9 @@ void Runtime::Run(Command* command, Slot* slot, bool parked) {
     case Command::kAdvise:
       command->result = engine.Advise(command->span, command->promise, command->sync_break, command->owned);
       pass_sleep_ns_ = 0;
-      next_scan_at_ = std::min(next_scan_at_, system_->NowNanoseconds() + kFirstPassSleep);
+      // Not before what has been used is slept off: who advises all the time would else be scanned without a limit, and then, for what
+      // was used ahead of it, not at all for minutes.
+      next_scan_at_ = std::min(next_scan_at_, std::max(system_->NowNanoseconds() + kFirstPassSleep, rest_until_));
       break;
     case Command::kExclude: {
       Region part;
@@ -623,9 +626,7 @@ std::int64_t Runtime::PassPaid() {
   if (saved < saved_most_) saved_most_ -= (saved_most_ - saved) * (since / kMillisecond) / static_cast<std::int64_t>(kForgetSavedNs / kMillisecond);
   const std::int64_t gain = saved - saved_most_;
   saved_most_ = std::max(saved_most_, saved);
-  const auto cpu = static_cast<std::int64_t>(system_->ThreadCpuNanoseconds());
-  pass_cpu_ns_ = cpu - cpu_at_pass_;
-  cpu_at_pass_ = cpu;
+  pass_cpu_ns_ = std::exchange(steps_cpu_ns_, 0);
   const auto worth = [&](std::int64_t pages) { return pages > 0 ? pages * kWorthOfPageNs / std::max<std::int64_t>(pass_cpu_ns_, 1) : 0; };
   // What has just been written or broken may come to rest: then the next passes pay, or those after the time that broken pages
   // are left alone.
@@ -647,6 +648,8 @@ void Runtime::Scan() {
   const Engine::StepResult step = engine_->Step();
   const std::uint64_t now = system_->NowNanoseconds();
   batch_pages_ += step.pages_read;
+  const auto used = static_cast<std::int64_t>(system_->ThreadCpuNanoseconds() - cpu);
+  steps_cpu_ns_ += used;
   if (advised && (step.pass_ended || settings_.advised_pages_to_scan.load(std::memory_order_relaxed) == 0)) {
     settings_.advised_pages_to_scan.store(AdvisePages(), std::memory_order_relaxed);
   }
@@ -657,7 +660,6 @@ void Runtime::Scan() {
   if (limit > 0 && limit < 100) {
     // Over some seconds: what was not used before may be used at once, and memory that has just come, or a process that has just begun,
     // is what there is to use it for. What was used ahead of the budget is slept off, as soon as it is worth a sleep.
-    const auto used = static_cast<std::int64_t>(system_->ThreadCpuNanoseconds() - cpu);
     debt_ns_ = std::max(debt_ns_ + used * 100 / limit - static_cast<std::int64_t>(now - budget_at_), -kBurstNs * 100 / limit);
     sleep = debt_ns_ > kMillisecond ? debt_ns_ : 0;
   } else {

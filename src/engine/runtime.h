@@ -199,8 +199,8 @@ class Runtime {
 
   // Pacing.
   std::int64_t pass_sleep_ns_ = 0;
-  std::int64_t pass_cpu_ns_ = 0;    // of the last whole pass
-  std::int64_t cpu_at_pass_ = 0;    // the scanner's, when it ended
+  std::int64_t pass_cpu_ns_ = 0;    // of the last whole pass: of its steps, not of commands and news in between
+  std::int64_t steps_cpu_ns_ = 0;   // of the present one, so far
   std::int64_t saved_most_ = 0;     // pages merged and zero, the most of late
   std::uint64_t paid_at_ = 0;       // when that was looked at, ns
   std::int64_t breaks_at_pass_ = 0;

@@ -215,7 +215,7 @@ bool Engine::HearNews() {
     };
     source_gone_ = !pool_.source()->Serve(news);
   }
-  return looking_up_ || heard_ || news_at_ < news_.size();
+  return looking_up_ || heard_ != 0 || news_at_ < news_.size();
 }
 
 void Engine::TendShared() {
@@ -230,7 +230,10 @@ void Engine::NoteNews(std::uint32_t hash, bool wanted) {
   if (wanted && frames::SampleTable::Sampled(hash)) {
     const std::uint32_t place = sample_table_.PlaceOf(hash);
     Segment* const segment = place == frames::SampleTable::kNowhere ? nullptr : table_.FindSegment(Address{place} << kSegmentShift);
-    if (segment && segment->sample) segment->sample->heard = heard_ = true;
+    if (segment && segment->sample) {
+      segment->sample->heard = true;
+      heard_ += frames::SampleTable::kOneIn;
+    }
     sample_table_.Insert(hash, kElsewhere);
   }
   index_.Lookup(hash, [&](const frames::Index::Entry& entry) {

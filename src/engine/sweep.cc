@@ -75,6 +75,12 @@ void Engine::CountPass(std::uint64_t now) {
   pass_at_ = now;
   audits_ = (pass_ + pass_step_) / kAuditEvery != pass_ / kAuditEvery;
   pass_ += pass_step_;
+  const auto second = static_cast<std::uint32_t>(now / 1'000'000'000);
+  const std::size_t times = pass_times_.size();
+  const auto apart = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed)) / (times / 2) + 1;
+  if (pass_times_next_ == 0 || second - pass_times_[(pass_times_next_ - 1) % times].second >= apart) {
+    pass_times_[pass_times_next_++ % times] = {second, pass_};
+  }
   if (probing_) {
     probe_sleep_ = probe_found_ ? kProbeNs : std::clamp(probe_sleep_ * 2, kProbeNs, kLongestProbeNs);
     probe_at_ = now + probe_sleep_;
@@ -93,7 +99,8 @@ Engine::StepResult Engine::Step() {
     result.pass_ended = true;
     result.fruitful = fruitful_;
     result.eager = eager_;
-    eager_ = heard_ = false;
+    eager_ = false;
+    heard_ = 0;
     ForgetReadBuffer();
     if (pool_.source() && pool_.provisions() == 0 && !pool_.source()->Busy()) pool_.source()->ClearRing();
     fruitful_ = false;
@@ -107,7 +114,7 @@ Engine::StepResult Engine::Step() {
     looking_ = pass_ - look_pass_ >= kLookPasses && now - look_at_ >= kLookNs;
     Add(counters_.full_scans, 1);
     mappings_at_pass_ = 0;
-    pins_known_ = false;
+    pins_known_ = references_known_ = false;
     return result;
   }
   const Region region = *found;  // by value: the list may change under the merge of a moved range
@@ -295,6 +302,37 @@ bool Engine::Later(Page page) const {
   return waited < (1u << std::min<std::uint32_t>(page.tries(), 6));
 }
 
+// By its stamp: not since the pass in which it was seen written last, and remerge_seconds have passed since the one after that.
+bool Engine::WrittenLongAgo(Page page) const {
+  const auto seconds = static_cast<std::uint32_t>(tunables_.remerge_seconds.load(std::memory_order_relaxed));
+  const std::uint32_t passes = (pass_ - page.stamp()) & Page::kStampMask;
+  for (std::size_t i = 1; i <= std::min(pass_times_next_, pass_times_.size()); ++i) {
+    const PassTime& begun = pass_times_[(pass_times_next_ - i) % pass_times_.size()];
+    if (NowSeconds() - begun.second > seconds) return passes > pass_ - begun.pass + 1;
+  }
+  return false;
+}
+
+// Whether what a request is to bring may be on its way to the page, of which UFFDIO_MOVE knows nothing: to NFS the kernel lends pages
+// by a reference, and no pin. So where such a request is possible pages are left alone for as long as it can take. Before it began it
+// had to write to the page, and it is found so by the sweep after that: so one look a pass is enough.
+bool Engine::MayBeReferredTo(Page page) {
+  if (tunables_.remerge_seconds.load(std::memory_order_relaxed) == 0) return false;
+  if (!references_known_) {
+    const std::uint64_t begun = system_.NowNanoseconds();
+    // With thousands of descriptors the look takes its time: not more than one part in fifty of all.
+    if (begun < references_until_) {
+      if (!now_) return !WrittenLongAgo(page);
+    } else {
+      references_ = system_.PossibleReferences();
+      references_known_ = !now_;
+      const std::uint64_t now = system_.NowNanoseconds();
+      references_until_ = now + 50 * (now - begun);
+    }
+  }
+  return references_ && !WrittenLongAgo(page);
+}
+
 std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t low, std::size_t high,
                               const Bitmaps& bits, bool now) {
   Segment* segment = table_.FindSegment(start);
@@ -336,13 +374,13 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
       case PageState::kAbsent:
       case PageState::kCount:
         if (there) Change(word, page, Page().WithState(PageState::kFresh).WithStamp(pass_));
-        if (there && now) to_hash[hash_count++] = a;
+        if (there && now && !MayBeReferredTo(fresh)) to_hash[hash_count++] = a;
         break;
       case PageState::kFresh:
         if (!there) {
           Change(word, page, Page());
         } else if (now || (!dirty && page.stamp() != (pass_ & Page::kStampMask))) {
-          to_hash[hash_count++] = a;
+          if (!MayBeReferredTo(dirty ? fresh : page)) to_hash[hash_count++] = a;
         } else if (dirty && page.stamp() != (pass_ & Page::kStampMask)) {
           ++rewritten;
           Change(word, page, fresh);
@@ -353,7 +391,7 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
           Change(word, page, Page());
         } else if (dirty) {
           ++rewritten;
-          if (Change(word, page, fresh) && now) to_hash[hash_count++] = a;
+          if (Change(word, page, fresh) && now && !MayBeReferredTo(fresh)) to_hash[hash_count++] = a;
         }
         break;
       case PageState::kUnmerged:
@@ -363,11 +401,11 @@ std::size_t Engine::SweepPart(const Region& region, Address start, std::size_t l
           ++rewritten;
           Change(word, page, fresh.WithTries(page.tries()));
         } else if (now || !Later(page)) {
-          to_hash[hash_count++] = a;
+          if (!MayBeReferredTo(dirty ? fresh : page)) to_hash[hash_count++] = a;
         }
         break;
       case PageState::kZero:
-        if (there && Change(word, page, fresh) && now) to_hash[hash_count++] = a;
+        if (there && Change(word, page, fresh) && now && !MayBeReferredTo(fresh)) to_hash[hash_count++] = a;
         break;
       case PageState::kMerged:
         // The scan may be older than the merge: a page of a later segment is merged as the twin of one of an earlier one.

@@ -16,8 +16,8 @@ class SampleTable {
   SampleTable() = default;
   SampleTable(const SampleTable&) = delete;
 
-  // One content in 16.
-  static bool Sampled(std::uint32_t hash) { return (hash & 15) == 0; }
+  static constexpr std::uint32_t kOneIn = 16;
+  static bool Sampled(std::uint32_t hash) { return hash % kOneIn == 0; }
   // `place`: below 2^31, the number of the segment.
   void Insert(std::uint32_t hash, std::uint32_t place);
   // True if the hash was inserted for another place.

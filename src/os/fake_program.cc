@@ -293,7 +293,7 @@ bool FakeSystem::StepPin(Thread& t) {
   const Address page = t.op.address / page_size_ * page_size_;
   if (t.phase == 1) {  // the transfer
     std::copy(t.op.data.begin(), t.op.data.end(), t.pinned->data + (t.op.address - page));
-    --t.pinned->pins;
+    if (!t.refers) --t.pinned->pins;
     t.pinned.reset();
     Finish(t, 0);
     return true;
@@ -309,7 +309,8 @@ bool FakeSystem::StepPin(Thread& t) {
     if (Fault(p, page, access, t.waiter) == FaultResult::kSegv) Finish(t, -EFAULT);
     return true;
   }
-  ++pte.page->pins;
+  t.refers = direct && direct_io_refers;
+  if (!t.refers) ++pte.page->pins;
   if (direct) {
     t.pinned = pte.page;
     t.phase = 1;
@@ -499,7 +500,7 @@ void FakeSystem::Exit(ProcessId id) {
       std::erase(c->faults, &t->waiter);
       std::erase_if(c->events, [&](const Raised& r) { return r.waiter == &t->waiter; });
     }
-    if (t->pinned) --t->pinned->pins;
+    if (t->pinned && !t->refers) --t->pinned->pins;
     t->pinned.reset();
     t->busy = false;
   }

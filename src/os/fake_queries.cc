@@ -552,6 +552,11 @@ Pins FakeSystem::PossiblePins() {
   return direct_io ? Pins::kRequests : Pins::kBrief;
 }
 
+bool FakeSystem::PossibleReferences() {
+  Scope scope(*this, "PossibleReferences");
+  return direct_io_refers;
+}
+
 // --- looking at it --------------------------------------------------------------------------------------------------
 
 std::size_t FakeSystem::RegisteredPages(Context c) const {

@@ -156,6 +156,7 @@ class FakeSystem : public System {
   std::size_t max_mappings;
   bool no_long_term_pins = true;  // false: something could hold one, though nothing does
   bool direct_io = true;          // and it could have a device write to memory for a while
+  bool direct_io_refers = false;  // through a reference that Move does not see (NFS), not through a pin
   std::uint64_t available_memory = std::uint64_t{16} << 30;
   std::uint64_t file_size_limit = UINT64_MAX;
   std::vector<Address> unwaitable_words;
@@ -209,6 +210,7 @@ class FakeSystem : public System {
   void UnmapFile(const std::byte*, std::size_t bytes) override;
   void VisitUnwaitableWords(bool (*each)(void* cookie, Address), void* cookie) override;
   Pins PossiblePins() override;
+  bool PossibleReferences() override;
   std::uint64_t AvailableMemory() override { return available_memory; }
   std::uint64_t NowNanoseconds() override { return now_ += 1000; }
   std::uint64_t ThreadCpuNanoseconds() override { return now_; }
@@ -254,6 +256,7 @@ class FakeSystem : public System {
     Waiter waiter;
     std::vector<Raised> raised;  // events that the operation still has to raise and wait for
     std::shared_ptr<fake::Page> pinned;
+    bool refers = false;  // and not counted as a pin
   };
   struct PinState {
     std::shared_ptr<fake::Page> page;

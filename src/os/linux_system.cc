@@ -550,6 +550,8 @@ Pins LinuxSystem::PossiblePins() {
   return os::PossiblePins(own_threads_, pins_, rings, count);
 }
 
+bool LinuxSystem::PossibleReferences() { return os::PossibleReferences(own_threads_); }
+
 std::uint64_t LinuxSystem::AvailableMemory() { return memory_.Available(); }
 
 std::uint64_t LinuxSystem::NowNanoseconds() { return ReadClock(CLOCK_MONOTONIC); }

@@ -110,6 +110,7 @@ class LinuxSystem final : public System {
 
   void VisitUnwaitableWords(bool (*each)(void* cookie, Address), void* cookie) override;
   Pins PossiblePins() override;
+  bool PossibleReferences() override;
   std::uint64_t AvailableMemory() override;
   std::uint64_t NowNanoseconds() override;
   std::uint64_t ThreadCpuNanoseconds() override;

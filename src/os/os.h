@@ -283,6 +283,9 @@ class System {
   virtual void VisitUnwaitableWords(bool (*each)(void* cookie, Address), void* cookie) = 0;
   // Looks afresh each time: some 50 µs, a few for each open file, and 0.7 µs for each mapping of the process.
   virtual Pins PossiblePins() = 0;
+  // Whether a request may be under way into pages that are not pinned but only referred to: Move takes those, and what arrives is lost.
+  // Some 20 µs, a few for each descriptor.
+  virtual bool PossibleReferences() = 0;
   bool NoLongTermPins() { return PossiblePins() != Pins::kForLong; }
   // Free memory for unmerging: MemAvailable + swap, bounded by the cgroup; bytes.
   virtual std::uint64_t AvailableMemory() = 0;

@@ -2,13 +2,12 @@
 
 #include <fcntl.h>
 #include <linux/major.h>
-#include <linux/magic.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/statfs.h>
 #include <sys/sysmacros.h>
 
 #include <algorithm>
+#include <array>
 
 #include "os/mappings.h"
 #include "os/raw.h"
@@ -47,24 +46,67 @@ bool HarmlessAnonInode(std::string_view name) {
 // A nested guest's control pages stay mapped by the kernel for as long as that guest runs (kvm_vcpu_map).
 bool IsGuest(std::string_view name) { return name.find("kvm-v") != std::string_view::npos; }
 
-// Whose read(2) copies, if not told otherwise by O_DIRECT. Others (FUSE, NFS, 9p, CIFS, and overlayfs, which may lie over one of
-// them) read straight into the program's pages where they are mounted without a cache.
-bool CopiesOnRead(long file_system) {
-  switch (static_cast<unsigned long>(file_system)) {
-    case EXT4_SUPER_MAGIC:
-    case XFS_SUPER_MAGIC:
-    case BTRFS_SUPER_MAGIC:
-    case TMPFS_MAGIC:
-    case RAMFS_MAGIC:
-    case HUGETLBFS_MAGIC:
-    case PROC_SUPER_MAGIC:
-    case SYSFS_MAGIC:
-    case CGROUP2_SUPER_MAGIC:
-      return true;
-    default:
-      return false;
-  }
+// What a file system does with pages of the program's that it reads into.
+enum class Reading : std::uint8_t {
+  kCopied,    // read(2) copies; with O_DIRECT the pages are pinned for the time of a request
+  kPinned,    // the same, but also without O_DIRECT
+  kUnlisted,  // perhaps so; and with O_DIRECT there may be no pin, only a reference, which UFFDIO_MOVE does not see
+  kNfs,       // with O_DIRECT there is only a reference. Even the type of a file may be asked of the server
+  k9p,        // the same at every read, if the mount has no cache
+  kUnknown,   // no mount that can be seen from here
+};
+
+Reading ReadingOf(std::string_view type) {
+  static constexpr std::string_view kCopying[] = {"ext2", "ext3",  "ext4",      "xfs",  "btrfs", "tmpfs",
+                                                  "proc", "ramfs", "hugetlbfs", "sysfs", "cgroup2", "devtmpfs"};
+  // FUSE pins since 6.9, CIFS since 6.3.
+  static constexpr std::string_view kPinning[] = {"fuse", "fuseblk", "virtiofs", "cifs", "smb3", "f2fs", "bcachefs"};
+  if (IsOneOf(type, kCopying)) return Reading::kCopied;
+  if (IsOneOf(type, kPinning) || type.substr(0, 5) == "fuse.") return Reading::kPinned;
+  if (type == "nfs" || type == "nfs4") return Reading::kNfs;
+  return type == "9p" ? Reading::k9p : Reading::kUnlisted;
 }
+
+// The file systems of mounts that descriptors lie on. By mountinfo, which asks nobody: statfs(2) waits for the server of a network
+// file system, or of FUSE, and with it would whoever waits for the scanner.
+class Mounts {
+ public:
+  Reading At(std::uint64_t mount) {
+    for (std::size_t i = 0; i < count_; ++i) {
+      if (known_[i].mount == mount) return known_[i].reading;
+    }
+    const Reading reading = Find(mount);
+    if (count_ < known_.size()) known_[count_++] = {mount, reading};
+    return reading;
+  }
+
+ private:
+  // id parent major:minor root mount-point options ... - type source super-options
+  static Reading Find(std::uint64_t mount) {
+    const int fd = raw::Repeat([] { return open("/proc/self/mountinfo", O_RDONLY | O_CLOEXEC); });
+    if (fd < 0) return Reading::kUnknown;
+    char buffer[8192];
+    LineReader lines(fd, buffer, sizeof buffer);
+    std::string_view line;
+    Reading reading = Reading::kUnknown;
+    while (lines.Next(&line)) {
+      std::uint64_t id;
+      if (!TakeDecimal(&line, &id) || id != mount) continue;
+      const std::size_t at = line.find(" - ");
+      if (at != std::string_view::npos) line.remove_prefix(at + 3), reading = ReadingOf(TakeWord(&line));
+      break;
+    }
+    close(fd);
+    return reading;
+  }
+
+  struct Known {
+    std::uint64_t mount;
+    Reading reading;
+  };
+  std::array<Known, 16> known_{};
+  std::size_t count_ = 0;
+};
 
 bool HarmlessCharacterDevice(dev_t device, std::string_view path) {
   unsigned number = major(device), part = minor(device);
@@ -86,9 +128,9 @@ bool HarmlessCharacterDevice(dev_t device, std::string_view path) {
 bool IsDmaBuf(std::string_view path) { return path.substr(0, 7) == "/dmabuf"; }
 
 // By what stat says of it: O_DIRECT on files and block devices pins for the time of one request only.
-bool HarmlessFile(const struct stat& status, std::string_view path) {
+bool HarmlessFile(mode_t mode, dev_t device, std::string_view path) {
   if (IsDmaBuf(path)) return false;
-  switch (status.st_mode & S_IFMT) {
+  switch (mode & S_IFMT) {
     case S_IFREG:
     case S_IFDIR:
     case S_IFLNK:
@@ -96,7 +138,7 @@ bool HarmlessFile(const struct stat& status, std::string_view path) {
     case S_IFBLK:
       return true;
     case S_IFCHR:
-      return HarmlessCharacterDevice(status.st_rdev, path);
+      return HarmlessCharacterDevice(device, path);
     default:
       return false;
   }
@@ -125,36 +167,40 @@ bool NothingAccountedAsPinned() {
 // One thread's descriptor table.
 class TableCheck {
  public:
-  TableCheck(int thread, const PinPolicy& policy) : thread_(thread), policy_(policy) {}
+  TableCheck(int thread, const PinPolicy& policy, Mounts* mounts) : thread_(thread), policy_(policy), mounts_(mounts) {}
   ~TableCheck() {
     if (pidfd_ >= 0) close(pidfd_);
   }
 
   bool requests() const { return requests_; }
 
-  bool Harmless() {
+  bool Harmless() { return All(&TableCheck::HarmlessDescriptor); }
+  // No request can be under way through it whose pages UFFDIO_MOVE would take.
+  bool Pinning() { return All(&TableCheck::PinningDescriptor); }
+
+ private:
+  bool All(bool (TableCheck::*each)(int)) {
     PathBuffer path;
     path.Add("/proc/self/task/").Add(static_cast<std::uint64_t>(thread_)).Add("/fd");
     directory_ = raw::Repeat([&] { return open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC); });
     if (directory_ < 0) return directory_ == -ENOENT || directory_ == -ESRCH;  // the thread has gone
-    bool harmless = true;
     struct Visit {
       TableCheck* self;
-      bool* harmless;
-    } visit{this, &harmless};
+      bool (TableCheck::*each)(int);
+      bool all = true;
+    } visit{this, each};
     int error = ForEachNumber(
         directory_,
         [](void* v, int number) {
           auto* at = static_cast<Visit*>(v);
-          return *at->harmless = at->self->HarmlessDescriptor(number);
+          return at->all = (at->self->*at->each)(number);
         },
         &visit);
     close(directory_);
     // ENOENT: the thread has exited, and its table, if it was nobody else's, with it.
-    return harmless && (error == 0 || error == -ENOENT);
+    return visit.all && (error == 0 || error == -ENOENT);
   }
 
- private:
   bool HarmlessDescriptor(int number) {
     PathBuffer name;
     name.Add(static_cast<std::uint64_t>(number));
@@ -170,13 +216,72 @@ class TableCheck {
     }
     if (text.substr(0, 8) == "socket:[") return HarmlessSocket(number);
     if (text.substr(0, 6) == "pipe:[" || text.substr(0, 7) == "pidfd:[" || text.substr(0, 5) == "net:[") return true;
-    struct stat status {};
-    int error = raw::Repeat([&] { return fstatat(directory_, name.c_str(), &status, 0); });
+    Info info;
+    if (!Read(number, &info)) return info.closed;
+    const Reading reading = ReadingOn(info, text);
+    // Devices are not opened there, but under /dev.
+    if ((reading == Reading::kNfs || reading == Reading::k9p) && text.substr(0, 5) != "/dev/") return requests_ = true;
+    struct statx status {};
+    int error = raw::Repeat([&] { return statx(directory_, name.c_str(), AT_STATX_DONT_SYNC | AT_NO_AUTOMOUNT, STATX_TYPE, &status); });
     if (error == -ENOENT) return true;
-    if (error != 0 || !HarmlessFile(status, text)) return false;
-    const bool block = S_ISBLK(status.st_mode);  // SG_IO needs no O_DIRECT
-    if (!requests_ && (block || S_ISREG(status.st_mode))) requests_ = block || !IsBuffered(number);
+    if (error != 0 || !HarmlessFile(status.stx_mode, makedev(status.stx_rdev_major, status.stx_rdev_minor), text)) return false;
+    requests_ |= S_ISBLK(status.stx_mode) ||  // SG_IO needs no O_DIRECT
+                 (S_ISREG(status.stx_mode) && (info.direct || reading != Reading::kCopied));
     return true;
+  }
+
+  bool PinningDescriptor(int number) {
+    Info info;
+    if (!Read(number, &info)) return info.closed;
+    Reading reading = mounts_->At(info.mount);
+    if (!info.direct || (reading != Reading::kUnlisted && reading != Reading::kUnknown)) {
+      return reading != Reading::k9p && !(info.direct && reading == Reading::kNfs);
+    }
+    // Not a pipe, nor a file in memory; and block devices pin.
+    PathBuffer name;
+    name.Add(static_cast<std::uint64_t>(number));
+    char target[256];
+    const ssize_t size = raw::Repeat([&] { return readlinkat(directory_, name.c_str(), target, sizeof target); });
+    if (size < 0) return size == -ENOENT;
+    const std::string_view text(target, static_cast<std::size_t>(size));
+    return text.substr(0, 1) != "/" || text.substr(0, 5) == "/dev/" || ReadingOn(info, text) == Reading::kCopied;
+  }
+
+  struct Info {
+    bool closed = false, direct = false;
+    std::uint64_t mount = 0;
+  };
+
+  // False: it has been closed meanwhile, or cannot be read.
+  bool Read(int number, Info* info) {
+    PathBuffer path;
+    path.Add("/proc/self/task/").Add(static_cast<std::uint64_t>(thread_)).Add("/fdinfo/");
+    path.Add(static_cast<std::uint64_t>(number));
+    char buffer[512];
+    const std::int64_t size = ReadSmallFile(AT_FDCWD, path.c_str(), buffer, sizeof buffer);
+    info->closed = size == -ENOENT;
+    if (size < 0) return false;
+    const std::string_view all(buffer, static_cast<std::size_t>(size));
+    const auto value_of = [&](std::string_view begin) {
+      const std::size_t at = all.find(begin);
+      std::string_view rest = at == std::string_view::npos ? std::string_view() : all.substr(at + begin.size());
+      SkipSpaces(&rest);
+      return rest;
+    };
+    unsigned long flags = 0;
+    std::string_view octal = value_of("flags:"), mount = value_of("mnt_id:");
+    if (octal.empty() || !TakeDecimal(&mount, &info->mount)) return false;
+    for (; !octal.empty() && octal.front() >= '0' && octal.front() <= '7'; octal.remove_prefix(1)) {
+      flags = flags * 8 + static_cast<unsigned long>(octal.front() - '0');
+    }
+    info->direct = flags & O_DIRECT;
+    return true;
+  }
+
+  // Files in memory lie on a mount that is nowhere to be seen.
+  Reading ReadingOn(const Info& info, std::string_view link) {
+    const Reading reading = mounts_->At(info.mount);
+    return reading == Reading::kUnknown && link.substr(0, 7) == "/memfd:" ? Reading::kCopied : reading;
   }
 
   // What take(rest of the line) says of the line of the descriptor's fdinfo that begins so. False where there is no such line: a ring
@@ -209,20 +314,6 @@ class TableCheck {
     });
   }
 
-  bool IsBuffered(int number) {
-    const bool copies = FdInfo(number, "flags:", [](std::string_view text) {
-      unsigned long flags = 0;
-      for (char digit : text) flags = flags * 8 + static_cast<unsigned long>(digit - '0');
-      return (flags & O_DIRECT) == 0;
-    });
-    if (!copies) return false;
-    PathBuffer path;
-    path.Add("/proc/self/task/").Add(static_cast<std::uint64_t>(thread_)).Add("/fd/").Add(static_cast<std::uint64_t>(number));
-    struct statfs status {};
-    const int error = raw::Repeat([&] { return statfs(path.c_str(), &status); });
-    return error == -ENOENT || (error == 0 && CopiesOnRead(static_cast<long>(status.f_type)));
-  }
-
   // The link does not tell the family: fetch a copy of the descriptor and ask it.
   bool HarmlessSocket(int number) {
     if (pidfd_ < 0) {
@@ -242,6 +333,7 @@ class TableCheck {
 
   int thread_;
   const PinPolicy& policy_;
+  Mounts* mounts_;
   bool requests_ = false;  // a device may be carrying one out, on pages of the program's
   int directory_ = -1;
   int pidfd_ = -1;
@@ -252,6 +344,8 @@ struct TablesCheck {
   static constexpr std::size_t kMostTables = 16;
   const OwnThreads& own;
   const PinPolicy& policy;
+  bool (TableCheck::*check)() = &TableCheck::Harmless;
+  Mounts mounts{};
   int self = CurrentThread();
   // Where the caller has a table of its own, whoever shares that is ours: also the workers that the kernel starts for a
   // ring of ours. Where it has not, the program's table is the one to look at.
@@ -268,8 +362,8 @@ struct TablesCheck {
       if (SameTable(thread, seen[i])) return true;
     }
     if (count < kMostTables) seen[count++] = thread;
-    TableCheck table(thread, policy);
-    harmless = table.Harmless();
+    TableCheck table(thread, policy, &mounts);
+    harmless = (table.*check)();
     requests |= table.requests();
     return harmless;
   }
@@ -295,7 +389,7 @@ bool HarmlessMapping(const Mapping& mapping, std::string_view name, const PinPol
   PathBuffer path;
   path.Add(name);
   struct stat status {};
-  return path.ok() && raw::Repeat([&] { return stat(path.c_str(), &status); }) == 0 && HarmlessFile(status, name);
+  return path.ok() && raw::Repeat([&] { return stat(path.c_str(), &status); }) == 0 && HarmlessFile(status.st_mode, status.st_rdev, name);
 }
 
 bool MappingsHarmless(const PinPolicy& policy, const Span* own_rings, std::size_t own_ring_count, bool* requests) {
@@ -326,6 +420,13 @@ Pins PossiblePins(const OwnThreads& own, const PinPolicy& policy, const Span* ow
     return Pins::kForLong;
   if (!check.harmless || !MappingsHarmless(policy, own_rings, own_ring_count, &check.requests)) return Pins::kForLong;
   return check.requests ? Pins::kRequests : Pins::kBrief;
+}
+
+bool PossibleReferences(const OwnThreads& own) {
+  const PinPolicy policy;
+  TablesCheck check{own, policy, &TableCheck::Pinning};
+  const int error = ForEachThread([](void* v, int thread) { return static_cast<TablesCheck*>(v)->Visit(thread); }, &check);
+  return error < 0 || !check.harmless;
 }
 
 }  // namespace ksmu::os

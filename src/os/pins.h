@@ -22,4 +22,8 @@ struct PinPolicy {
 // keep a file alive whose descriptor has been closed. `own_rings` are mappings of rings of the library's own.
 Pins PossiblePins(const OwnThreads& own, const PinPolicy& policy, const Span* own_rings, std::size_t own_ring_count);
 
+// Whether a request may be under way whose pages are not pinned, but only referred to: UFFDIO_MOVE takes those, and what is read
+// arrives in a page that is nobody's any more. NFS with O_DIRECT, 9p, and with O_DIRECT file systems that are not known.
+bool PossibleReferences(const OwnThreads& own);
+
 }  // namespace ksmu::os
