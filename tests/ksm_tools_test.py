@@ -15,6 +15,7 @@ import glob
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -75,6 +76,14 @@ def own_mounts():
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS) or libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None):
         skip("no mount namespace of its own: " + os.strerror(ctypes.get_errno()))
+
+
+def own_etc(machine):
+    """An /etc in which a test may write."""
+    etc = machine.directory + "/etc"
+    shutil.copytree("/etc", etc, symlinks=True, ignore_dangling_symlinks=True)
+    subprocess.run(["mount", "--bind", etc, "/etc"], check=True)
+    return etc
 
 
 def shell(command, **more):
@@ -149,16 +158,20 @@ def ksmtuned(machine):
     config = machine.directory + "/ksmtuned.conf"
     with open(config, "w") as f:
         # An hour: what it does, it does when it is told that guests have changed. Enough memory now; not with another 700 MiB taken.
-        f.write(f"KSM_MONITOR_INTERVAL=3600\nKSM_NPAGES_BOOST=300\nKSM_NPAGES_DECAY=-50\nKSM_NPAGES_MIN=64\nKSM_NPAGES_MAX=1250\nKSM_THRES_COEF=0\nKSM_THRES_CONST={free - 300 * 1024}\n")
-    # It looks for that in /etc alone.
-    etc = machine.directory + "/etc"
-    shutil.copytree("/etc", etc, symlinks=True, ignore_dangling_symlinks=True)
-    shutil.copy(config, etc + "/ksmtuned.conf")
-    subprocess.run(["mount", "--bind", etc, "/etc"], check=True)
+        f.write(f"KSM_MONITOR_INTERVAL=3600\nKSM_NPAGES_BOOST=300\nKSM_NPAGES_DECAY=-50\nKSM_NPAGES_MIN=64\nKSM_NPAGES_MAX=1250\nKSM_THRES_COEF=0\nKSM_THRES_CONST={free - 300 * 1024}\nPIDFILE={machine.directory}/ksmtuned.pid\n")
+    shutil.copy(config, own_etc(machine) + "/ksmtuned.conf")  # it looks for that in /etc alone
     machine.join()
-    daemon = subprocess.Popen(["bash", program], env=environment(DEBUG="0"), stdin=subprocess.DEVNULL)
+    # What goes on is a child of what is started, under a number that it writes down.
+    subprocess.run(["bash", program], env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=30, check=True)
+    with open(machine.directory + "/ksmtuned.pid") as f:
+        daemon = int(f.read())
     guest = None
+
+    def retune():
+        os.kill(daemon, signal.SIGUSR1)
     try:
+        time.sleep(1)  # it sets its trap
+        retune()
         check("enough memory: it stops merging", wait_for(lambda: machine.read("run") == "0", 30), machine.read("run"))
         guest = subprocess.Popen([qemu, "-accel", "tcg", "-S", "-nodefaults", "-display", "none", "-machine", "memory-backend=ram", "-m", "700",
                                   "-object", "memory-backend-ram,id=ram,size=700M,prealloc=on"], env=environment(), stdin=subprocess.DEVNULL)
@@ -167,18 +180,18 @@ def ksmtuned(machine):
             with open(f"/proc/{guest.pid}/statm") as f:
                 return int(f.read().split()[1]) * 4096 > 700 << 20
         check("the guest has its memory", wait_for(grown, 30))
-        daemon.send_signal(10)  # retune
+        retune()
         check("little memory: it merges", wait_for(lambda: machine.read("run") == "1", 30), machine.read("run"))
         check("and faster", wait_for(lambda: machine.number("pages_to_scan") >= 64, 10) and machine.number("sleep_millisecs") >= 10, (machine.read("pages_to_scan"), machine.read("sleep_millisecs")))
         check("members do so", wait_for(lambda: all(m["tunables"]["run"] == 1 and m["tunables"]["pages_to_scan"] >= 64 for m in machine.broker.json("members")), 20), machine.broker.json("members"))
         check("and merge", wait_for(lambda: machine.number("pages_sharing") >= PAGES // 2, 60), machine.broker.ctl("status"))
         before = machine.number("pages_to_scan")
-        daemon.send_signal(10)
+        retune()
         check("faster still", wait_for(lambda: machine.number("pages_to_scan") > before, 20), machine.read("pages_to_scan"))
         guest.kill()
         guest.wait()
         time.sleep(1)
-        daemon.send_signal(10)
+        retune()
         check("the guest has gone: it stops", wait_for(lambda: machine.read("run") == "0", 30), machine.read("run"))
         check("bytes", all(m.is_right() for m in machine.members))
     finally:
@@ -186,12 +199,10 @@ def ksmtuned(machine):
             guest.kill()
             guest.wait()
         # Its sleep is a child of its own, which would outlive it.
-        with open(f"/proc/{daemon.pid}/task/{daemon.pid}/children") as f:
+        with open(f"/proc/{daemon}/task/{daemon}/children") as f:
             children = f.read().split()
-        daemon.kill()
-        daemon.wait()
-        for child in children:
-            os.kill(int(child), 9)
+        for one in [daemon, *map(int, children)]:
+            os.kill(one, signal.SIGKILL)
 
 
 # --- node_exporter -----------------------------------------------------------------------------------------------------
@@ -242,8 +253,12 @@ def virsh(machine):
     config = machine.directory + "/libvirtd.conf"
     with open(config, "w") as f:
         f.write(f'listen_tls = 0\nlisten_tcp = 0\nunix_sock_dir = "{run}"\nauth_unix_ro = "none"\nauth_unix_rw = "none"\nlog_outputs = "3:stderr"\n')
+    etc = own_etc(machine)
+    os.makedirs(etc + "/libvirt", exist_ok=True)
+    with open(etc + "/libvirt/qemu.conf", "w") as f:
+        f.write('user = "root"\ngroup = "root"\nsecurity_driver = "none"\n')  # or it wants users of the package libvirt-daemon-system
     # What it would leave on the machine.
-    for place in ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/etc/libvirt", "/var/log/libvirt"):
+    for place in ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt"):
         if os.path.isdir(place):
             subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True)
     one = subprocess.Popen([daemon, "--config", config, "--pid-file", run + "/pid"], env=environment(), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -281,9 +296,9 @@ def kernel(machine):
         skip("there is no C compiler")
     name = os.path.basename(archive)[:-len(".tar.xz")]
     inside = f"{name}/tools/testing/selftests"
-    subprocess.run(["tar", "xf", archive, "-C", machine.directory, f"{inside}/vm", f"{inside}/kselftest.h", f"{inside}/kselftest_harness.h"], check=True)
+    subprocess.run(["tar", "xf", archive, "-C", machine.directory, f"{inside}/vm", f"{inside}/kselftest.h", f"{name}/include/vdso"], check=True)
     where = f"{machine.directory}/{inside}/vm"
-    made = subprocess.run(["cc", "-O1", "-w", "-I..", "-o", "ksm_tests", "ksm_tests.c", *(["vm_util.c"] if os.path.exists(where + "/vm_util.c") else []), "-lnuma"], cwd=where,
+    made = subprocess.run(["cc", "-O1", "-w", "-I..", "-I../../../..", "-o", "ksm_tests", "ksm_tests.c", *(["vm_util.c"] if os.path.exists(where + "/vm_util.c") else []), "-lnuma"], cwd=where,
                           capture_output=True, text=True, check=False)
     if made.returncode:
         skip("the kernel's ksm_tests cannot be built here: " + made.stderr.strip().splitlines()[-1])
