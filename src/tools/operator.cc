@@ -248,9 +248,11 @@ int Operator::Unmerging(std::uint32_t domain, std::uint32_t pid) {
   return error;
 }
 
-std::vector<broker::wire::RegionEntry> Operator::Explain(std::uint32_t domain, std::uint32_t pid) {
+std::vector<broker::wire::RegionEntry> Operator::Explain(std::uint32_t domain, std::uint32_t pid, std::size_t most, std::uint64_t within_ms) {
   std::vector<broker::wire::RegionEntry> all;
+  const std::uint64_t begun = os::MonotonicMs();
   for (std::uint64_t from = 0;;) {
+    if (all.size() > most || os::MonotonicMs() - begun > within_ms) throw Failed{kNoAnswer, "the process has more regions than can be waited for", ETIMEDOUT};
     out_->header = MakeHeader(Kind::kExplain, 1, 0);
     out_->explain = {domain, pid, from};
     const Message& answer = Ask(Kind::kExplained, [&](int error) {
