@@ -222,8 +222,11 @@ def with_members(broker, both, shim):
 
     expect(broker, "max_page_sharing while shared", ["set", "max_page_sharing", "8"], 1, "while pages are shared")
     # Everything back, in all; nothing merged again meanwhile.
+    # Also of those that have said nothing for a while, since nothing has changed.
+    expect(broker, "at rest", ["run", "0"], 0)
+    time.sleep(7)
     expect(broker, "run 2", ["run", "2"], 0)
-    check("nothing is merged", wait_for(lambda: merged(broker) == 0, 10), broker.ctl("status"))
+    check("nothing is merged when it returns", merged(broker) == 0, broker.ctl("status"))
     check("regions stay", int(broker.value("regions")) >= 2, broker.value("regions"))
     check("bytes", a.is_right() and b.is_right())
     check("no frames", wait_for(lambda: broker.json("status")[0]["frames"] == 0, 20), broker.ctl("status"))
@@ -249,6 +252,16 @@ def with_members(broker, both, shim):
     check("it hears of it later", wait_for(lambda: broker.value("sleep_millisecs", "--pid", str(a.pid)) == "9"), broker.json("members"))
     expect(broker, "explain, now that it goes on", ["explain", str(a.pid)], 0)
     check("bytes at the end", a.is_right() and b.is_right())
+
+    # What the domain has set goes with it: a broker that is killed leaves nobody behind who merges nothing, or at another's pace.
+    broker.process.kill()
+    broker.process.wait()
+    broker.start()
+    check("they join the next one", wait_for(lambda: len(broker.json("members")) == 2), broker.json("members"))
+    own = {"run": 1, "sleep_millisecs": 1, "smart_scan": 1, "max_page_sharing": 256}
+    check("with what they had before", wait_for(lambda: all(m["tunables"][name] == value for m in broker.json("members") for name, value in own.items())), broker.json("members"))
+    check("and merge", wait_for(lambda: merged(broker) >= PAGES, 60), broker.ctl("status"))
+    check("bytes under another broker", a.is_right() and b.is_right())
 
 
 def main():

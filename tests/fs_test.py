@@ -31,15 +31,15 @@ check = checks.check
 class Tree:
     """One ksmu-fs, and the files that it shows."""
 
-    def __init__(self, program, directory, *options):
+    def __init__(self, program, directory, *options, before=None, **variables):
         self.at = os.path.join(directory, "sys")
         self.ksm = self.at + "/kernel/mm/ksm/"
-        self.command = [program, self.at, *options]
+        self.command, self.before, self.variables = [program, self.at, *options], before, variables
         self.log = open(os.path.join(directory, "ksmu-fs.log"), "a+")
         self.start()
 
     def start(self):
-        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stderr=self.log, env=environment())
+        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stderr=self.log, env=environment(**self.variables), preexec_fn=self.before)
         return wait_for(lambda: os.path.exists(self.ksm + "run"), 20)
 
     def read(self, name):
@@ -64,9 +64,9 @@ class Tree:
         return 0
 
     def answers(self):
-        """Who answers: the child of the one that was started."""
+        """Who answers: the child of the one that was started; 0: there is none now."""
         with open(f"/proc/{self.process.pid}/task/{self.process.pid}/children") as f:
-            return int(f.read().split()[0])
+            return int((f.read().split() or ["0"])[0])
 
     def said(self):
         self.log.seek(0)
@@ -112,6 +112,7 @@ def alone(ksmud, fs, ctl):
             broker.end()
         check("unmounted", not os.path.ismount(tree.at))
         one_domain(ksmud, fs, ctl, directory)
+        inherited(ksmud, fs, ctl, directory)
 
 
 def formats(tree):
@@ -133,6 +134,11 @@ def formats(tree):
         check("read anew", f.read(10) == b"21\n")
     tree.write("sleep_millisecs", "20")
     check("members: none", os.listdir(tree.ksm + "members") == [])
+    with open(tree.ksm + "sleep_millisecs", "rb", buffering=0) as f, tempfile.TemporaryFile() as to:
+        sent = os.sendfile(to.fileno(), f.fileno(), 0, 4096)
+        check("by sendfile", (sent, os.pread(to.fileno(), 100, 0)) == (3, b"20\n"), (sent, os.pread(to.fileno(), 100, 0)))
+    found = subprocess.run(["find", tree.at, "-name", "run"], capture_output=True, text=True, check=False).stdout
+    check("by find", found == tree.ksm + "run\n", found)
     grep = subprocess.run(["sh", "-c", f"grep -H '' {tree.ksm}pages_*"], capture_output=True, text=True, check=False)
     check("grep -H '' pages_*", grep.returncode == 0 and len(grep.stdout.split("\n")) == 8, grep)
 
@@ -247,6 +253,21 @@ def one_domain(ksmud, fs, ctl, directory):
         broker.end()
 
 
+def inherited(ksmud, fs, ctl, directory):
+    """What comes from whoever starts it: a domain by the environment; ends of children that are not told, which it wants to be told of."""
+    broker = Broker(ksmud, ctl, directory)
+    tree = Tree(fs, directory, "--socket", broker.socket, before=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN), KSMU_DOMAIN="shared")
+    try:
+        is_errno(tree, "sleep_millisecs", "78", 0)
+        check("the environment's domain alone", broker.ctl("get", "sleep_millisecs", "--domain", "shared")[1] == "78\n" and broker.value("sleep_millisecs") == "20")
+        who = tree.answers()
+        os.kill(who, signal.SIGKILL)
+        check("another takes its place", wait_for(lambda: tree.answers() not in (who, 0), 5) and tree.read("sleep_millisecs") == "78\n", tree.said())
+    finally:
+        tree.end()
+        broker.end()
+
+
 # --- members -----------------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +307,10 @@ def with_members(tree, broker, both, shim):
     check("as the kernel's ksm_stat", not kernel or re.sub(r"-?\d+|yes|no", "_", tree.read(one + "ksm_stat")) == kernel, (tree.read(one + "ksm_stat"), kernel))
     check("merging pages", re.search(r"^ksm_merging_pages (\d+)$", tree.read(one + "ksm_stat"), re.M)[1] == str(PAGES * 7 // 8), tree.read(one + "ksm_stat"))
     check("regions", re.search(rf"^{a.start[2:]}-[0-9a-f]+ merged {PAGES * 7 // 8} zero {PAGES // 8} ", tree.read(one + "regions"), re.M), tree.read(one + "regions"))
-    check("regions are for their user", os.stat(tree.ksm + one + "regions").st_mode & 0o777 == 0o400)
+    modes = [os.stat(tree.ksm + one + name).st_mode & 0o777 for name in ("ksm_stat", "regions", "unmerged")]
+    check("a member's files are for its user", modes == [0o400] * 3, modes)
+    for name in ("ksm_stat", "regions", "unmerged"):
+        check(f"{name}: opened for somebody else", read_as_other(tree.ksm + one + name) == errno.EACCES)
     check("unmerged", re.fullmatch(r"(\w+ \d+\n)+", tree.read(one + "unmerged")), tree.read(one + "unmerged"))
     check("no such member", not os.path.exists(tree.ksm + "members/1") and not os.path.exists(tree.ksm + "members/0") and not os.path.exists(tree.ksm + f"members/0{a.pid}"))
     for name in ("max_page_sharing", "merge_across_nodes"):
@@ -294,6 +318,21 @@ def with_members(tree, broker, both, shim):
     counted(tree, broker, a, b, shim)
     dying(tree, broker, both)
     unmerging(tree, broker, both)
+
+
+def read_as_other(path):
+    """By a user who was given it open, or for whom it was another process's when he opened it. 0 or an errno."""
+    fd = os.open(path, os.O_RDONLY)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setresuid(OTHER_USER, OTHER_USER, OTHER_USER)
+            os.read(fd, 10)
+            os._exit(0)
+        except OSError as error:
+            os._exit(error.errno)
+    os.close(fd)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def counted(tree, broker, a, b, shim):
@@ -314,10 +353,12 @@ def dying(tree, broker, both):
     elsewhere = os.path.dirname(tree.at) + "/elsewhere"
     os.mkdir(elsewhere)
     subprocess.run(["mount", "--bind", tree.ksm, elsewhere], check=True)
+    tree.write("stable_node_chains_prune_millisecs", "5")
     try:
         with open(tree.ksm + "run", "rb", buffering=0) as f:
             for number, limit in ((signal.SIGKILL, 5), (signal.SIGSEGV, 5), (signal.SIGSTOP, 30)):
                 who = tree.answers()
+                counted_up = [tree.number(name) for name in ("full_scans", "pages_scanned", "pages_skipped")]
                 os.kill(who, number)
                 begun = time.monotonic()
                 f.seek(0)
@@ -328,6 +369,9 @@ def dying(tree, broker, both):
                 check(f"it answers again after signal {number.value}", wait_for(lambda: f.seek(0) == 0 and f.read(10) == b"1\n", limit), tree.said())
                 check("in time", time.monotonic() - begun < 30, time.monotonic() - begun)
                 check("by another one", tree.answers() != who)
+                now = [tree.number(name) for name in ("full_scans", "pages_scanned", "pages_skipped")]
+                check("nothing is counted back by that", all(n >= b for n, b in zip(now, counted_up)), (counted_up, now))
+                check("what was written is kept", tree.read("stable_node_chains_prune_millisecs") == "5\n")
                 with open(elsewhere + "/pages_sharing") as g:
                     check("where it is bound", int(g.read()) > 0)
                 listing = os.listdir(elsewhere + "/members")

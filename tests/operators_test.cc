@@ -354,6 +354,7 @@ TEST_F(Operators, MembersAreToldAndAnswered) {
   ASSERT_EQ(to_a->header.kind, wire::Kind::kTune);
   EXPECT_EQ(to_a->tune[0].tunable, engine::kTunable_run);
   EXPECT_EQ(to_a->tune[0].value, 0);
+  EXPECT_EQ(to_a->tune[0].yields, 0u) << "an operator's wish goes before the program's";
   AnswerTuned(a, *to_a, 0);
   Pass(10);
   EXPECT_FALSE(Hear(op));
@@ -460,14 +461,17 @@ class Tuned : public Operators {
     for (const auto& [tunable, value] : but) report->report.tunables[tunable] = value;
     FromMember(conn, *report);
   }
-  // What it has been told since the last time, by tunable; it has done it.
-  std::map<std::uint32_t, std::int64_t> Told(ConnId conn) {
+  // What it has been told since the last time, by tunable; it has done it, or not.
+  std::map<std::uint32_t, std::int64_t> Told(ConnId conn, std::uint32_t error = 0) {
     std::map<std::uint32_t, std::int64_t> told;
     for (;;) {
       const auto message = HearMember(conn);
       if (message->header.kind != wire::Kind::kTune) return told;
-      for (std::size_t i = 0; i < message->header.count; ++i) told[message->tune[i].tunable] = message->tune[i].value;
-      AnswerTuned(conn, *message, 0);
+      for (std::size_t i = 0; i < message->header.count; ++i) {
+        told[message->tune[i].tunable] = message->tune[i].value;
+        yields_ = message->tune[i].yields != 0;
+      }
+      AnswerTuned(conn, *message, error);
     }
   }
   std::uint32_t TunerOf(ConnId op) {
@@ -477,6 +481,7 @@ class Tuned : public Operators {
     EXPECT_TRUE(Hear(op) && in_.kind() == Kind::kDomainsAre);
     return in_.domains[0].tuner;
   }
+  bool yields_ = false;  // the last of what somebody was told
 };
 using TunedValues = std::map<std::uint32_t, std::int64_t>;
 
@@ -497,16 +502,47 @@ TEST_F(Tuned, WhoJoinsMaySpendMoreForAWhile) {
 
 TEST_F(Tuned, AProgramsOwnWishIsLeftAlone) {
   const ConnId own = Join(default_, kOwner, 50), later = Join(default_, kOwner, 51);
-  Report(own, {{engine::kTunable_cpu_limit_percent, 33}});
-  Report(later);
+  for (const ConnId conn : {own, later}) Report(conn);
   Pass(1000);
-  EXPECT_EQ(Told(own), TunedValues{});
+  // The program knows what it has set a moment ago, and so it is the member that says so.
+  EXPECT_EQ(Told(own, EEXIST), (TunedValues{{engine::kTunable_cpu_limit_percent, 50}}));
+  EXPECT_TRUE(yields_);
   EXPECT_EQ(Told(later), (TunedValues{{engine::kTunable_cpu_limit_percent, 50}}));
   // It has another idea after all.
   Pass(10);
   Report(later, {{engine::kTunable_cpu_limit_percent, 44}});
   for (int i = 0; i < 20; ++i) Pass(1000);
-  EXPECT_EQ(Told(later), TunedValues{});
+  EXPECT_EQ(Told(own), TunedValues{});
+  EXPECT_EQ(Told(later, EEXIST), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}}));
+  for (int i = 0; i < 120; ++i) Pass(1000);
+  for (const ConnId conn : {own, later}) EXPECT_EQ(Told(conn), (TunedValues{{engine::kTunable_sleep_millisecs, 1000}}));
+}
+
+// A report can have been made before what was told just now, and come after the answer: that says nothing of anybody's wishes.
+TEST_F(Tuned, AReportThatComesLateIsNoWish) {
+  const ConnId member = Join(default_, kOwner, 50);
+  Report(member);
+  Pass(1000);
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 50}}));
+  Pass(10);
+  Report(member);
+  for (int i = 0; i < 15; ++i) Pass(1000);
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}}));
+}
+
+// What an operator sets for one does not yield, also where the tuner has set it before.
+TEST_F(Tuned, AnOperatorsWishDoesNotYield) {
+  const ConnId member = Join(default_, kOwner, 50), op = Operate(default_, kOwner);
+  Report(member);
+  Pass(1000);
+  EXPECT_EQ(Told(member, EEXIST), (TunedValues{{engine::kTunable_cpu_limit_percent, 50}}));
+  AskToSet(op, engine::kTunable_cpu_limit_percent, 70, 50);
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 70}}));
+  EXPECT_FALSE(yields_);
+  Pass(10);
+  ASSERT_TRUE(Hear(op));
+  EXPECT_EQ(in_.done.done, 1u);
+  EXPECT_EQ(in_.done.refused, 0u);
 }
 
 TEST_F(Tuned, AnOperatorEndsIt) {

@@ -173,8 +173,9 @@ std::int64_t ValueOf(const Tunable& tunable) {
   return (advised ? settings().advised_pages_to_scan : *tunable.value).load(std::memory_order_relaxed);
 }
 
-// What ksmu_set does but for making `run` come true. `runtime`: nullptr where there is none.
-int SetTunable(engine::Runtime* runtime, Way way, const Tunable* tunable, std::int64_t value) {
+// What ksmu_set does but for making `run` come true. `runtime`: nullptr where there is none. `set`: whose wish it is.
+using Setter = void (*)(const Tunable*, std::int64_t);
+int SetTunable(engine::Runtime* runtime, Way way, Setter set, const Tunable* tunable, std::int64_t value) {
   if (value < tunable->minimum || value > tunable->maximum) return Fail(EINVAL, kOutOfRange);
   if (tunable->value == &settings().max_page_sharing && value != settings().max_page_sharing.load() && runtime) {
     if (ReadStatsOf(runtime, way).pages_merged != 0) return Fail(EBUSY, "pages are shared: set run to 2 first");
@@ -191,11 +192,11 @@ int SetTunable(engine::Runtime* runtime, Way way, const Tunable* tunable, std::i
     if (command.result == -EOPNOTSUPP) return Fail(EOPNOTSUPP, "the kernel does not tell on which node a page lies: a filter refuses move_pages(2)");
     if (command.result < 0) return Fail(static_cast<int>(-command.result), SentenceFor(static_cast<int>(-command.result), command));
   }
-  SetByProgram(tunable, value);
+  set(tunable, value);
   if (tunable->value == &settings().advisor_mode) {
     // As KSM: whatever the mode, pages_to_scan begins anew.
     settings().advised_pages_to_scan.store(0, std::memory_order_relaxed);
-    SetByProgram(FindTunable("pages_to_scan"), 0);
+    set(FindTunable("pages_to_scan"), 0);
   }
   return 0;
 }
@@ -231,10 +232,13 @@ int StateOf(PageState state) {
 
 namespace ksmu::api {
 
-int SetForDomain(engine::Runtime& runtime, std::uint32_t number, std::int64_t value) {
+int SetForDomain(engine::Runtime& runtime, std::uint32_t number, std::int64_t value, bool yields) {
   const Tunable& tunable = TunableOf(number);
+  if (yields && IsOwn(&tunable)) return EEXIST;
   const std::int64_t before = tunable.value->load(std::memory_order_relaxed);
-  if (SetTunable(&runtime, &engine::Runtime::ExecuteHere, &tunable, value) != 0) return errno;
+  // A domain's rule about nodes comes with joining it, and another one with another domain.
+  const Setter set = tunable.value == &settings().merge_across_nodes ? &SetByProgram : &SetByDomain;
+  if (SetTunable(&runtime, &engine::Runtime::ExecuteHere, set, &tunable, value) != 0) return errno;
   if (value != before) runtime.TunableChanged();
   return 0;
 }
@@ -244,6 +248,10 @@ void ReadForDomain(engine::Runtime& runtime, frames::Source::Report* report) {
   static_assert(sizeof stats <= sizeof report->counters && std::is_trivially_copyable_v<ksmu_stats>);
   std::memcpy(report->counters.data(), &stats, sizeof stats);
   for (std::uint32_t i = 0; i < engine::kTunableCount; ++i) report->tunables[i] = ValueOf(TunableOf(i));
+}
+
+void LeaveDomain(engine::Runtime& runtime) {
+  if (ForgetDomain()) runtime.TunableChanged();
 }
 
 }  // namespace ksmu::api
@@ -395,7 +403,7 @@ int ksmu_set(const char* name, int64_t value) {
   if (value < tunable->minimum || value > tunable->maximum) return Fail(EINVAL, kOutOfRange);
   Use use(Use::kWake);
   if (use.error()) return -1;
-  if (SetTunable(use.runtime(), &engine::Runtime::Execute, tunable, value) != 0) return -1;
+  if (SetTunable(use.runtime(), &engine::Runtime::Execute, &SetByProgram, tunable, value) != 0) return -1;
   if (!use.runtime()) return keep.Succeed();
   if (tunable->value == &settings().run && value != 1) {
     // 0: as KSM's, which waits for the batch in hand.

@@ -110,7 +110,11 @@ const Tunable kTunables[] = {
 
 // The environment gives initial values: not to what the program has set, and not again at a later start.
 std::atomic<bool> g_set_by_program[kTunableCount];
+std::atomic<bool> g_set_by_environment[kTunableCount];
 bool g_environment_read = false;  // for a start that succeeded
+// What the domain has set, and what was there before: that is there again when the domain has been left.
+std::atomic<bool> g_set_by_domain[kTunableCount];
+std::atomic<std::int64_t> g_before_domain[kTunableCount];
 
 bool ParseInteger(const char* text, std::int64_t* value) {
   const char* end = text + std::strlen(text);
@@ -161,6 +165,7 @@ int ReadEnvironment(engine::RuntimeOptions* options) {
   for (std::size_t i = 0; i < kTunableCount && !g_environment_read; ++i) {
     if (given[i] && !g_set_by_program[i].load(std::memory_order_relaxed)) {
       kTunables[i].value->store(values[i], std::memory_order_relaxed);
+      g_set_by_environment[i].store(true, std::memory_order_relaxed);
     }
   }
   return 0;
@@ -247,6 +252,7 @@ void ForkChild() {
   }
   s.starts_total = 0;
   g_door.ForgetParent();
+  ForgetDomain();  // of which the parent is a member
   s.pid.store(os::ProcessId(), std::memory_order_relaxed);
   KSMU_TEST_POINT("fork.child", 0, 0);
   new (&s.mutex) HeldMutex;
@@ -328,7 +334,7 @@ int StartRuntime(const engine::RuntimeOptions& options) {
   os::ErrorText text;
   engine::RuntimeOptions with_inheritance = options;
   with_inheritance.inheritance = &g_inheritance;
-  with_inheritance.steward = {&SetForDomain, &ReadForDomain};
+  with_inheritance.steward = {&SetForDomain, &ReadForDomain, &LeaveDomain};
   const ThreadsInHand threads;
   if (int error = engine::Runtime::Start(g_settings, with_inheritance, &runtime, &text)) {
     Fail(-error, text.text);
@@ -395,8 +401,36 @@ const Tunable* FindTunable(const char* name) {
 const Tunable& TunableOf(std::uint32_t number) { return kTunables[number]; }
 
 void SetByProgram(const Tunable* tunable, std::int64_t value) {
-  g_set_by_program[tunable - kTunables].store(true, std::memory_order_relaxed);
-  tunable->value->store(value, std::memory_order_relaxed);
+  const auto i = tunable - kTunables;
+  g_set_by_program[i].store(true, std::memory_order_seq_cst);
+  tunable->value->store(value, std::memory_order_seq_cst);
+  g_set_by_domain[i].store(false, std::memory_order_seq_cst);
+}
+
+void SetByDomain(const Tunable* tunable, std::int64_t value) {
+  const auto i = tunable - kTunables;
+  std::int64_t before = tunable->value->load(std::memory_order_seq_cst);
+  if (!g_set_by_domain[i].load(std::memory_order_seq_cst)) {
+    g_before_domain[i].store(before, std::memory_order_seq_cst);
+    g_set_by_domain[i].store(true, std::memory_order_seq_cst);
+  }
+  // The program may set it at this very moment: after us.
+  if (!tunable->value->compare_exchange_strong(before, value, std::memory_order_seq_cst)) g_set_by_domain[i].store(false, std::memory_order_seq_cst);
+}
+
+bool IsOwn(const Tunable* tunable) {
+  const auto i = tunable - kTunables;
+  return g_set_by_program[i].load(std::memory_order_seq_cst) || g_set_by_environment[i].load(std::memory_order_relaxed);
+}
+
+bool ForgetDomain() {
+  bool any = false;
+  for (std::size_t i = 0; i < kTunableCount; ++i) {
+    if (!g_set_by_domain[i].exchange(false, std::memory_order_seq_cst)) continue;
+    kTunables[i].value->store(g_before_domain[i].load(std::memory_order_seq_cst), std::memory_order_seq_cst);
+    any = true;
+  }
+  return any;
 }
 
 Use::Use(Start start) {

@@ -67,8 +67,15 @@ const Tunable* FindTunable(const char* name);
 const Tunable& TunableOf(std::uint32_t number);  // in engine/tunables.h
 void SetByProgram(const Tunable* tunable, std::int64_t value);  // from now on the environment's value is nothing to it
 
+// Until the domain is left, or the program sets it: what it has been before is kept.
+void SetByDomain(const Tunable* tunable, std::int64_t value);
+bool IsOwn(const Tunable* tunable);  // the program has set it, or its environment
+// What the domain has set is again what it was. True: there was something.
+bool ForgetDomain();
+
 // For an operator of the domain: engine::Steward. On the scanner of that runtime.
-int SetForDomain(engine::Runtime& runtime, std::uint32_t number, std::int64_t value);
+int SetForDomain(engine::Runtime& runtime, std::uint32_t number, std::int64_t value, bool yields);
 void ReadForDomain(engine::Runtime& runtime, frames::Source::Report* report);
+void LeaveDomain(engine::Runtime& runtime);
 
 }  // namespace ksmu::api

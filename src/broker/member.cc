@@ -192,6 +192,8 @@ bool Member::NoteWish() {
     for (std::size_t i = 0; i < in_.header.count; ++i) {
       wishes_.tunables |= 1u << in_.tune[i].tunable;
       wishes_.values[in_.tune[i].tunable] = in_.tune[i].value;
+      wishes_.yielding &= ~(1u << in_.tune[i].tunable);
+      wishes_.yielding |= in_.tune[i].yields << in_.tune[i].tunable;
     }
     tune_number_ = in_.header.number;
     return true;
@@ -405,7 +407,6 @@ bool Member::Serve(const News& news) {
   wanted_.clear();
   SendGivenUp();
   SendKept(Kind::kOffer, &offers_, &out_.offers);
-  SendAnswers();
   if (report_is_new_ && channel_.open()) {
     out_.header = {0, Kind::kReport, 1, 0, 0};
     out_.report = {report_.advised, report_.merged, report_.frames, report_.zero, report_.still, report_.changing, report_.breaks, report_.cpu_ns,
@@ -413,6 +414,8 @@ bool Member::Serve(const News& news) {
     for (std::int64_t& n : out_.report.counters) n = std::clamp(n, -wire::kMostCount, wire::kMostCount);
     report_is_new_ = !Send();
   }
+  // After the report that goes with it: who has the answer is not to take what was before it for what came of it.
+  if (!report_is_new_) SendAnswers();
   return channel_.open();
 }
 

@@ -287,6 +287,7 @@ std::uint32_t Server::Note(Scope& scope, Connection* one, std::uint32_t tunable,
   if (one && !one->own) one->own = std::make_unique<OwnTunables>();
   auto& versions = one ? one->own->versions : scope.versions;
   (one ? one->own->values : scope.values)[tunable] = value;
+  if (one) one->own->by_tuner &= ~(1u << tunable);
   versions[tunable] = version;
   // As KSM: whatever the mode, it begins anew.
   if (tunable == engine::kTunable_advisor_mode) versions[engine::kTunable_pages_to_scan] = 0;
@@ -401,7 +402,7 @@ void Server::TellTunables(Connection& conn) {
   for (std::uint32_t t = 0; t < kTunableCount; ++t) {
     const bool own = conn.own && conn.own->versions[t] > scope.versions[t];
     if ((own ? conn.own->versions[t] : scope.versions[t]) <= conn.told) continue;
-    out_.tune[count++] = {t, 0, own ? conn.own->values[t] : scope.values[t]};
+    out_.tune[count++] = {t, own ? conn.own->by_tuner >> t & 1 : 0, own ? conn.own->values[t] : scope.values[t]};
     conn.errors[t] = 0;
   }
   if (count == 0) {
@@ -419,9 +420,13 @@ void Server::TellTunables(Connection& conn) {
 
 const char* Server::NoteTuned(Connection& conn) {
   if (in_.header.number != conn.told || conn.answered >= conn.told) return "an answer about tunables that it was not told of";
-  for (std::size_t i = 0; i < in_.header.count; ++i) conn.errors[in_.tuned[i].tunable] = static_cast<std::uint16_t>(in_.tuned[i].error);
+  for (std::size_t i = 0; i < in_.header.count; ++i) {
+    const auto& [tunable, error] = in_.tuned[i];
+    conn.errors[tunable] = static_cast<std::uint16_t>(error);
+    // Its program's own wish.
+    if (error == EEXIST && conn.own && (conn.own->by_tuner >> tunable & 1)) conn.not_tuned |= 1u << tunable;
+  }
   conn.answered = conn.told;
-  conn.answered_at = now_;
   QueueTelling(conn);
   return nullptr;
 }

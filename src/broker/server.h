@@ -124,6 +124,7 @@ class Server {
   struct OwnTunables {
     std::array<std::uint32_t, wire::kTunableSlots> versions{};
     std::array<std::int64_t, wire::kTunableSlots> values{};
+    std::uint32_t by_tuner = 0;  // a bit each: it yields to what the member's program has set
   };
   struct Operator {
     bool may_write = false;
@@ -161,7 +162,6 @@ class Server {
     bool to_be_told = false;
     std::array<std::uint16_t, wire::kTunableSlots> errors{};
     std::unique_ptr<OwnTunables> own;
-    std::uint64_t answered_at = 0;
     // Of its tunables, a bit each: what the tuner has set, to which value; and what it leaves alone, since somebody else has set it.
     std::uint32_t tuned = 0, not_tuned = 0;
     std::array<std::int64_t, wire::kTunableSlots> tuned_values{};

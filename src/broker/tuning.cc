@@ -1,6 +1,6 @@
 // The server and its tuners (tuner.h): once a second each domain's is shown what there is to see, and its plan is told to members as if it had
-// been set for each alone. So a member that has something of its own, by its program or by an operator, keeps that; and an operator
-// who sets for the domain what the tuner would set ends it there.
+// been set for each alone, but that it yields to what a member's program has set, which the member knows. What an operator has set for
+// one is left alone; and an operator who sets for the domain what the tuner would set ends it there.
 
 #include <algorithm>
 
@@ -58,17 +58,15 @@ void Server::TendTuners(std::uint64_t* next) {
 void Server::Tune(Connection& conn, const Tuner::Plan& plan) {
   Scope& scope = *conn.home->scope;
   if (conn.told > conn.answered) return;  // first it answers to what it has been told
-  const bool reported = conn.reported_at > conn.answered_at;
   for (const auto& [tunable, value] : plan.Settings()) {
     const std::uint32_t bit = 1u << tunable;
-    // Its program's own wish, known by what it reports: it is no longer, or never was, as the tuner has it.
     const std::int64_t now = conn.tuned & bit ? conn.tuned_values[tunable] : kTunableRules[tunable].preset;
-    if (reported && conn.report.tunables[tunable] != now) conn.not_tuned |= bit;
     const bool advised = tunable == engine::kTunable_pages_to_scan && conn.report.tunables[engine::kTunable_advisor_mode] != 0;
     if ((conn.not_tuned & bit) || advised || now == value || scope.version == ~std::uint32_t{0}) continue;
     if (!conn.own) conn.own = std::make_unique<OwnTunables>();
     conn.own->versions[tunable] = ++scope.version;
     conn.own->values[tunable] = conn.tuned_values[tunable] = value;
+    conn.own->by_tuner |= bit;
     conn.tuned |= bit;
     QueueTelling(conn);
   }

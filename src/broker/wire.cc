@@ -104,7 +104,7 @@ const char* CheckReport(const ReportEntry& report) {
 const char* CheckTune(const Message& m) {
   for (std::size_t i = 0; i < m.header.count; ++i) {
     const TuneEntry& e = m.tune[i];
-    if (e.tunable >= engine::kTunableCount || e.reserved != 0) return "an unknown tunable";
+    if (e.tunable >= engine::kTunableCount || e.yields > 1) return "an unknown tunable";
     const engine::TunableRule& rule = engine::kTunableRules[e.tunable];
     if (e.value < rule.least || e.value > rule.most) return "a tunable out of range";
   }

@@ -12,7 +12,7 @@
 
 namespace ksmu::broker::wire {
 
-inline constexpr std::uint32_t kVersion = 2;
+inline constexpr std::uint32_t kVersion = 3;
 inline constexpr std::size_t kMaxSettle = 512;    // a segment's pages
 inline constexpr std::size_t kMaxHashes = 4096;   // that are wanted
 inline constexpr std::size_t kMaxOffers = 2048;
@@ -104,7 +104,7 @@ struct ReportEntry {
 
 struct TuneEntry {
   std::uint32_t tunable = 0;
-  std::uint32_t reserved = 0;
+  std::uint32_t yields = 0;  // 1: not where the program, or its environment, has set it: then EEXIST
   std::int64_t value = 0;
 };
 struct TunedEntry {

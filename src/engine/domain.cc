@@ -101,6 +101,8 @@ void Runtime::LeaveDomain() {
   }
   engine_->SetSource(nullptr);
   source_ = nullptr;
+  // Or a domain that rests would leave behind processes that merge nothing, and nobody would tell them to begin again.
+  if (options_.steward.leave) options_.steward.leave(*this);
 }
 
 void Runtime::ForgetFormers() {

@@ -70,9 +70,11 @@ class Runtime;
 
 // How the tunables and counters of this process are come by, for the domain's sake. On the scanner, between two steps.
 struct Steward {
-  // By its number in tunables.h, by the rules of ksmu_set, but that nothing is unmerged by it. 0 or an errno.
-  int (*set)(Runtime& runtime, std::uint32_t tunable, std::int64_t value) = nullptr;
+  // By its number in tunables.h, by the rules of ksmu_set, but that nothing is unmerged by it; until `leave`. 0 or an errno; `yields`:
+  // EEXIST where the program or its environment have set it.
+  int (*set)(Runtime& runtime, std::uint32_t tunable, std::int64_t value, bool yields) = nullptr;
   void (*read)(Runtime& runtime, frames::Source::Report* report) = nullptr;  // its counters and tunables
+  void (*leave)(Runtime& runtime) = nullptr;  // tunables are again what they were before the domain has set them
 };
 
 struct RuntimeOptions {

@@ -31,7 +31,7 @@ void Runtime::TakeWishes() {
   if (!options_.steward.set || !source_->TakeWishes(&wishes)) return;
   const auto set = [&](std::uint32_t tunable) {
     if (!(wishes.tunables >> tunable & 1)) return;
-    const int error = options_.steward.set(*this, tunable, wishes.values[tunable]);
+    const int error = options_.steward.set(*this, tunable, wishes.values[tunable], wishes.yielding >> tunable & 1);
     if (tunable == kTunable_run && error == 0) StopUnmerging(wishes.values[tunable] == 2 ? EINPROGRESS : 0);
     source_->AnswerTunable(tunable, error);
   };
@@ -45,7 +45,8 @@ void Runtime::TakeWishes() {
     telling_.active = true;
     telling_.at = wishes.regions_from & ~static_cast<Address>(engine_->page_size() - 1);
   }
-  tell_at_ = 0;
+  // Before the answer goes out, and in place of what was to be told from before it: whoever has the answer finds it done.
+  TellDomain(system_->NowNanoseconds());
 }
 
 // 0: nothing of that kind is under way.

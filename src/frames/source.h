@@ -97,6 +97,7 @@ class Source {
   struct Wishes {
     std::uint32_t tunables = 0;  // a bit each
     std::array<std::int64_t, kTunableSlots> values{};
+    std::uint32_t yielding = 0;  // likewise: what the program has set itself goes before (EEXIST)
     bool regions = false;
     std::uint64_t regions_from = 0;
   };

@@ -2,6 +2,7 @@
 // seconds old, frames are of now.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "tools/operator.h"
@@ -13,11 +14,14 @@ inline constexpr std::int64_t kBytesPerMapping = 270;  // of kernel memory, as i
 struct Balance {
   std::int64_t saved = 0, net = 0;  // bytes; net: less what merging takes
 };
+// Members say what they like: so much that nothing overflows, and more than any machine has.
+inline std::int64_t BoundedPages(std::int64_t n) { return std::clamp<std::int64_t>(n, -(std::int64_t{1} << 44), std::int64_t{1} << 44); }
 inline Balance BalanceOf(const broker::control::DomainEntry& domain, std::uint64_t page) {
   const auto bytes = static_cast<std::int64_t>(page);
   Balance balance;
-  balance.saved = (CounterOf(domain, "pages_merged") - static_cast<std::int64_t>(domain.frames) + CounterOf(domain, "ksm_zero_pages")) * bytes;
-  balance.net = balance.saved - CounterOf(domain, "metadata_bytes") - kBytesPerMapping * CounterOf(domain, "maps_used") - static_cast<std::int64_t>(domain.metadata_bytes);
+  balance.saved = BoundedPages(CounterOf(domain, "pages_merged") - static_cast<std::int64_t>(domain.frames) + CounterOf(domain, "ksm_zero_pages")) * bytes;
+  balance.net = balance.saved - CounterOf(domain, "metadata_bytes") - kBytesPerMapping * BoundedPages(CounterOf(domain, "maps_used")) -
+                static_cast<std::int64_t>(domain.metadata_bytes);
   return balance;
 }
 

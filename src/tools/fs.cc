@@ -40,6 +40,7 @@ using ksmu::tools::OperatorOptions;
 using ksmu::tools::ServeState;
 
 constexpr int kFailed = 1, kUsageError = 2, kMountedAlready = 3;
+constexpr unsigned long kNoLinks = 256;     // MS_NOSYMFOLLOW
 constexpr std::uint64_t kStuckMs = 20'000;  // it waits ten seconds for a broker
 constexpr std::uint64_t kSoonMs = 1000;     // one that ends so soon is not replaced at once
 
@@ -104,6 +105,9 @@ Options Parse(int argc, char** argv) {
     }
   }
   if (options.broker.user >= 0 && !options.broker.domain.empty()) Usage("--user and --domain name one domain each");
+  // What chooses the socket chooses the domain: or what is written would be set in all that this broker has.
+  const char* const domain = std::getenv("KSMU_DOMAIN");
+  if (options.broker.user < 0 && options.broker.domain.empty() && domain && std::strcmp(domain, "default") != 0) options.broker.domain = domain;
   return options;
 }
 
@@ -145,7 +149,12 @@ void MakeWay(const std::string& directory) {
   }
   if (!S_ISDIR(about.st_mode)) Fail(directory + " is no directory");
   struct statfs there {};
-  if (statfs(directory.c_str(), &there) == 0 && there.f_type == FUSE_SUPER_MAGIC) Fail(directory + ": something is mounted there already", kMountedAlready);
+  struct stat above {};
+  // A directory of another file system of that kind, someone's home, say, is good enough.
+  const bool is_mounted = stat((directory + "/..").c_str(), &above) == 0 && above.st_dev != about.st_dev;
+  if (is_mounted && statfs(directory.c_str(), &there) == 0 && there.f_type == FUSE_SUPER_MAGIC) {
+    Fail(directory + ": something is mounted there already", kMountedAlready);
+  }
 }
 
 // By libfuse, which is helped by fusermount3 where this is not root. The descriptor.
@@ -161,6 +170,8 @@ int Mount(const std::string& directory) {
   if (!session) Fail("no memory");
   // It says why not itself.
   if (fuse_session_mount(session, directory.c_str()) != 0) Fail(directory + ": it cannot be mounted (is there /dev/fuse? who is not root needs the package fuse3)");
+  // Whoever answers is less than root, and root writes here: not into what a link leads to. (Linux 5.10)
+  if (geteuid() == 0) mount(nullptr, directory.c_str(), nullptr, MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | MS_NOEXEC | kNoLinks, nullptr);
   return fuse_session_fd(session);  // the session is for the mount alone, and stays for as long
 }
 
@@ -197,25 +208,42 @@ Identity Find(const std::string& user) {
   _exit(error ? kFailed : 0);
 }
 
-// Until a signal, or until somebody unmounts it.
-int Supervise(int fuse, const Options& options, const Identity& as, ServeState* state) {
+// Before anything is mounted: a signal that ends us is to find somebody who unmounts it.
+sigset_t BlockSignals() {
   sigset_t wanted;
   sigemptyset(&wanted);
-  for (const int number : {SIGTERM, SIGINT, SIGHUP, SIGCHLD}) sigaddset(&wanted, number);
+  for (const int number : {SIGTERM, SIGINT, SIGCHLD}) sigaddset(&wanted, number);
+  // nohup.
+  struct sigaction hangup {};
+  if (sigaction(SIGHUP, nullptr, &hangup) != 0 || hangup.sa_handler != SIG_IGN) sigaddset(&wanted, SIGHUP);
   sigprocmask(SIG_BLOCK, &wanted, nullptr);
+  // Inherited as ignored it would be nobody's wish: children would be gone without a word, and their numbers another's.
+  std::signal(SIGCHLD, SIG_DFL);
+  return wanted;
+}
+
+// Until a signal, or until somebody unmounts it.
+int Supervise(int fuse, const Options& options, const Identity& as, const sigset_t& wanted, ServeState* state) {
   const auto owner = static_cast<std::uint32_t>(geteuid());
   const pid_t self = getpid();
   bool said = false;
   for (;;) {
     const std::uint64_t begun = ksmu::os::MonotonicMs();
     state->alive_at_ms = begun;
+    const timespec second{1, 0};
     const pid_t child = fork();
-    if (child < 0) FailWithErrno("fork");
     if (child == 0) Answer(fuse, options, as, owner, state, self);
+    if (child < 0) {
+      // Of processes or memory there may be more in a while; meanwhile whoever asks waits.
+      Say(std::string("fork: ") + std::strerror(errno));
+      const int number = sigtimedwait(&wanted, nullptr, &second);
+      if (number > 0 && number != SIGCHLD) return 0;
+      Notify("WATCHDOG=1");
+      continue;
+    }
     int status = 0;
     bool ended = false;
     for (;;) {
-      const timespec second{1, 0};
       const int number = sigtimedwait(&wanted, nullptr, &second);
       if (number > 0 && number != SIGCHLD) {
         ended = true;
@@ -251,8 +279,9 @@ int Run(Options options) {
   void* const shared = mmap(nullptr, sizeof(ServeState), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (shared == MAP_FAILED) FailWithErrno("memory");
   auto* const state = new (shared) ServeState;
+  const sigset_t wanted = BlockSignals();
   const int fuse = Mount(options.directory);
-  const int status = Supervise(fuse, options, as, state);
+  const int status = Supervise(fuse, options, as, wanted, state);
   Notify("STOPPING=1");
   Unmount(options.directory);
   return status;

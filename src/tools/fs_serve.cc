@@ -3,6 +3,7 @@
 #define FUSE_USE_VERSION 314
 #include <fuse3/fuse_lowlevel.h>
 #include <linux/fuse.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -14,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <numeric>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -26,6 +28,8 @@ namespace ksmu::tools {
 namespace {
 
 constexpr int kRoundMs = 1000, kWaitingRoundMs = 100;
+// Of what is kept for handles. Anybody may open as many as he likes: beyond this all of it is forgotten, and read anew.
+constexpr std::size_t kMostKeptBytes = std::size_t{16} << 20, kHandleBytes = 128;
 
 volatile std::sig_atomic_t g_ended = 0;
 
@@ -46,6 +50,13 @@ struct Serving {
   std::array<Waiting, ServeState::kMostWaiting> waiting{};
 };
 
+fuse_in_header HeaderOf(const ServeState& state) {
+  fuse_in_header header{};
+  std::memcpy(&header, state.question.data(), sizeof header);
+  return header;
+}
+void PutAway(ServeState* state) { std::memset(state->question.data(), 0, sizeof(fuse_in_header)); }
+
 Serving& Of(fuse_req_t request) { return *static_cast<Serving*>(fuse_req_userdata(request)); }
 
 int Fill(Serving& serving, fuse_ino_t node, struct stat* to) {
@@ -54,7 +65,7 @@ int Fill(Serving& serving, fuse_ino_t node, struct stat* to) {
   *to = {};
   to->st_ino = node;
   to->st_mode = (about.directory ? S_IFDIR : S_IFREG) | about.mode;
-  to->st_nlink = about.directory ? 2 : 1;
+  to->st_nlink = 1;  // of a directory: not known
   to->st_uid = to->st_gid = about.uid;
   to->st_size = about.directory ? 0 : static_cast<off_t>(Tree::kFileBytes);
   to->st_blksize = 4096;
@@ -92,6 +103,8 @@ void SetAttributes(fuse_req_t request, fuse_ino_t node, struct stat*, int what, 
 // --- directories -----------------------------------------------------------------------------------------------------
 
 int ListAnew(Serving& serving, fuse_ino_t node, std::uint64_t handle) {
+  const auto bytes = [](std::size_t sum, const auto& one) { return sum + kHandleBytes + one.second.size() * kHandleBytes; };
+  if (std::accumulate(serving.listings.begin(), serving.listings.end(), std::size_t{0}, bytes) > kMostKeptBytes) serving.listings.clear();
   auto& entries = serving.listings[handle];
   const int error = serving.tree.List(node, &entries);
   if (error) {
@@ -152,9 +165,12 @@ void Release(fuse_req_t request, fuse_ino_t, fuse_file_info* file) {
 
 // As sysfs: what is read from the beginning is of now, and what follows is of the same moment.
 void Read(fuse_req_t request, fuse_ino_t node, std::size_t size, off_t offset, fuse_file_info* file) {
-  std::string& text = Of(request).texts[file->fh];
+  Serving& serving = Of(request);
+  const auto bytes = [](std::size_t sum, const auto& one) { return sum + kHandleBytes + one.second.capacity(); };
+  if (offset == 0 && std::accumulate(serving.texts.begin(), serving.texts.end(), std::size_t{0}, bytes) > kMostKeptBytes) serving.texts.clear();
+  std::string& text = serving.texts[file->fh];
   if (offset == 0 || text.empty()) {
-    if (const int error = Of(request).tree.Read(node, &text)) {
+    if (const int error = serving.tree.Read(node, fuse_req_ctx(request)->uid, &text)) {
       fuse_reply_err(request, error);
       return;
     }
@@ -171,8 +187,8 @@ void Wait(Serving& serving, fuse_req_t request, std::size_t bytes) {
     Serving::Waiting& free = serving.waiting[i];
     if (free.request) continue;
     free = {request, bytes, false};
-    serving.state->waiting[i] = serving.state->in_hand.load();
-    serving.state->in_hand = 0;
+    serving.state->waiting[i] = HeaderOf(*serving.state).unique;
+    PutAway(serving.state);
     fuse_req_interrupt_func(request, Interrupted, &free);
     return;
   }
@@ -210,8 +226,11 @@ bool TendWaiting(Serving& serving) {
   return left;
 }
 
-// Questions come as bytes, not as a pipe that they lie in: their numbers are read before libfuse sees them.
-void Initialised(void*, fuse_conn_info* connection) { connection->want &= ~static_cast<unsigned>(FUSE_CAP_SPLICE_READ | FUSE_CAP_SPLICE_WRITE | FUSE_CAP_SPLICE_MOVE); }
+// Questions come as bytes, not as a pipe that they lie in, and as many as there is room for.
+void Initialised(void*, fuse_conn_info* connection) {
+  connection->want &= ~static_cast<unsigned>(FUSE_CAP_SPLICE_READ | FUSE_CAP_SPLICE_WRITE | FUSE_CAP_SPLICE_MOVE);
+  connection->max_write = Tree::kFileBytes;
+}
 
 fuse_lowlevel_ops Operations() {
   fuse_lowlevel_ops ops{};
@@ -231,39 +250,67 @@ fuse_lowlevel_ops Operations() {
 
 // --- after a death ---------------------------------------------------------------------------------------------------
 
+void KeepGreeting(ServeState* state) {
+  const fuse_in_header header = HeaderOf(*state);
+  if (header.len > state->greeting.size()) return;
+  std::memcpy(state->greeting.data(), state->question.data(), header.len);
+  state->greeting_bytes = header.len;
+}
+
 // What the one before has taken and not answered: whoever asked would wait for ever.
 void AnswerForTheDead(int fuse, ServeState* state) {
-  const auto answer = [&](std::atomic<std::uint64_t>& question) {
+  const auto answer = [&](std::uint64_t question) {
     fuse_out_header header{};
-    header.unique = question.exchange(0);
+    header.unique = question;
     if (header.unique == 0) return;
     header.len = sizeof header;
     header.error = -EIO;
     // ENOENT: it had been answered after all, or nobody waits any more.
     [[maybe_unused]] const ssize_t written = write(fuse, &header, sizeof header);
   };
-  answer(state->in_hand);
-  for (auto& one : state->waiting) answer(one);
+  // An error in answer to the greeting would be the end of the mount.
+  if (HeaderOf(*state).opcode == FUSE_INIT) KeepGreeting(state);
+  else answer(HeaderOf(*state).unique);
+  PutAway(state);
+  for (auto& one : state->waiting) answer(one.exchange(0));
 }
 
-// libfuse does nothing before it has been greeted, which the kernel does once a mount: the greeting is played to it again, under a number
-// that the kernel does not use, so that it takes no notice of the answer.
+// libfuse does nothing before it has been greeted, which the kernel does once a mount: the greeting is played to it again; if it has been
+// answered before, under a number that the kernel does not use, so that it takes no notice of the answer.
 void GreetAgain(fuse_session* session, ServeState* state) {
-  std::array<std::byte, sizeof state->greeting> greeting = state->greeting;
+  auto greeting = state->greeting;
   fuse_in_header header;
   std::memcpy(&header, greeting.data(), sizeof header);
-  header.unique = ~std::uint64_t{0} - 3;
+  if (state->greeted) header.unique = ~std::uint64_t{0} - 3;
   std::memcpy(greeting.data(), &header, sizeof header);
   fuse_buf buffer{};
   buffer.size = state->greeting_bytes;
   buffer.mem = greeting.data();
   fuse_session_process_buf(session, &buffer);
+  state->greeted = true;
+}
+
+// The next question. EAGAIN: there is none; ENODEV: and there will be none any more; or what is wrong.
+int Take(int fuse, fuse_session* session, ServeState* state) {
+  const ssize_t bytes = read(fuse, state->question.data(), state->question.size());
+  // ENOENT: whoever has asked has gone meanwhile.
+  if (bytes < 0) return errno == EINTR || errno == ENOENT ? EAGAIN : errno == ECONNABORTED ? ENODEV : errno;
+  const fuse_in_header header = HeaderOf(*state);
+  if (static_cast<std::size_t>(bytes) < sizeof header || header.len != static_cast<std::size_t>(bytes)) return EIO;
+  if (header.opcode == FUSE_INIT) KeepGreeting(state);
+  fuse_buf buffer{};
+  buffer.size = static_cast<std::size_t>(bytes);
+  buffer.mem = state->question.data();
+  fuse_session_process_buf(session, &buffer);
+  if (header.opcode == FUSE_INIT) state->greeted = true;
+  PutAway(state);
+  return 0;
 }
 
 }  // namespace
 
 int Serve(int fuse, const OperatorOptions& options, std::uint32_t uid, ServeState* state) {
-  Serving serving{Tree(options, uid), state, {}, {}, {}, {}};
+  Serving serving{Tree(options, uid, &state->kept), state, {}, {}, {}, {}};
   clock_gettime(CLOCK_REALTIME, &serving.started);
   struct sigaction end {};
   end.sa_handler = [](int) { g_ended = 1; };
@@ -283,31 +330,20 @@ int Serve(int fuse, const OperatorOptions& options, std::uint32_t uid, ServeStat
   }
   AnswerForTheDead(fuse, state);
   if (state->greeting_bytes) GreetAgain(session, state);
-  fuse_buf buffer{};
+  // Whoever has asked can be killed between poll and read, which would wait for the next question then.
+  if (fcntl(fuse, F_SETFL, O_NONBLOCK) != 0) return errno;
+  int error = 0;
   bool waiting = false;
-  while (!g_ended && !fuse_session_exited(session)) {
+  while (!g_ended && !error && !fuse_session_exited(session)) {
     state->alive_at_ms = os::MonotonicMs();
     pollfd question{fuse, POLLIN, 0};
     const int ready = poll(&question, 1, waiting ? kWaitingRoundMs : kRoundMs);
-    if (ready > 0) {
-      const int bytes = fuse_session_receive_buf(session, &buffer);
-      if (bytes == -EINTR || bytes == -EAGAIN) continue;
-      if (bytes <= 0) break;
-      fuse_in_header header{};
-      std::memcpy(&header, buffer.mem, std::min(sizeof header, static_cast<std::size_t>(bytes)));
-      if (header.opcode == FUSE_INIT && static_cast<std::size_t>(bytes) <= state->greeting.size()) {
-        std::memcpy(state->greeting.data(), buffer.mem, static_cast<std::size_t>(bytes));
-        state->greeting_bytes = static_cast<std::uint32_t>(bytes);
-      }
-      state->in_hand = header.unique;
-      fuse_session_process_buf(session, &buffer);
-      state->in_hand = 0;
-    }
+    if (ready > 0) error = Take(fuse, session, state);
+    if (error == EAGAIN) error = 0;
     waiting = TendWaiting(serving);
   }
-  std::free(buffer.mem);
   fuse_session_destroy(session);
-  return 0;
+  return error == ENODEV ? 0 : error;
 }
 
 }  // namespace ksmu::tools

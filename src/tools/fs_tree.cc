@@ -25,8 +25,12 @@ struct MemberFile {
   const char* name;
   std::uint32_t mode;
 };
-// Where a program's memory lies is for its own user to know.
-constexpr MemberFile kMemberFiles[] = {{"ksm_stat", 0444}, {"regions", 0400}, {"unmerged", 0444}};
+// As /proc/PID/ksm_stat: what a program has merged, and where its memory lies, is for its own user to know.
+constexpr MemberFile kMemberFiles[] = {{"ksm_stat", 0400}, {"regions", 0400}, {"unmerged", 0400}};
+// Of one member: as many as it can have mappings (vm.max_map_count), and less than whoever answers may be silent for. Any user can have
+// a member that tells ever more, or nothing, and all readers wait meanwhile: for others than root there is a moment.
+constexpr std::size_t kMostRegions = 65536;
+constexpr std::uint64_t kRootsPatienceMs = 15'000, kPatienceMs = 1000;
 constexpr std::uint32_t kStat = 1, kRegions = 2, kUnmerged = 3;
 constexpr Tree::Node MemberNode(std::uint32_t pid, std::uint32_t which) { return kMemberNodes + (Tree::Node{pid} << 3) + which; }
 constexpr bool IsMembers(Tree::Node node) { return node >= kMemberNodes; }
@@ -105,7 +109,7 @@ static_assert(kFirstFile == kMembers + 1);
 
 std::size_t Tree::Count() { return sizeof kEntries / sizeof *kEntries; }
 
-Tree::Tree(const OperatorOptions& options, std::uint32_t uid) : options_(options), uid_(uid) {}
+Tree::Tree(const OperatorOptions& options, std::uint32_t uid, Kept* kept) : options_(options), uid_(uid), kept_(kept) {}
 
 // --- the broker ------------------------------------------------------------------------------------------------------
 
@@ -212,9 +216,14 @@ int Tree::List(Node directory, std::vector<std::pair<std::string, Node>>* entrie
 
 // --- reading ---------------------------------------------------------------------------------------------------------
 
-int Tree::Read(Node node, std::string* text) {
+int Tree::Read(Node node, std::uint32_t asker, std::string* text) {
   text->clear();
-  if (IsMembers(node)) return Guard([&] { return ReadMember(PidOf(node), WhichOf(node), text); });
+  if (IsMembers(node)) {
+    return Guard([&] {
+      text->clear();
+      return ReadMember(PidOf(node), WhichOf(node), asker, text);
+    });
+  }
   if (node < kFirstFile || node >= kRoot + Count()) return EISDIR;
   return Guard([&] { return ReadKsm(kEntries[node - kRoot].name, text); });
 }
@@ -227,15 +236,14 @@ std::int64_t Tree::TunableOf(const std::vector<DomainEntry>& domains, std::uint3
 }
 
 // A member that leaves takes its counts with it.
-std::int64_t Tree::Rise(const char* name, std::int64_t now) {
-  Rising& rising = rising_[name];
-  rising.shown += std::max<std::int64_t>(now - rising.last, 0);
-  rising.last = now;
-  return rising.shown;
+std::int64_t Tree::Rise(Rising* rising, std::int64_t now) {
+  rising->shown += std::max<std::int64_t>(now - rising->last, 0);
+  rising->last = now;
+  return rising->shown;
 }
 
 // A scan of the whole is one in which every member has scanned once: what tools wait for when they want all of it to have been seen. Who has
-// nothing to scan, or does not answer, is not waited for.
+// nothing to scan, or does not scan, or does not answer, is not waited for.
 std::int64_t Tree::FullScans(const std::vector<DomainEntry>& domains) {
   std::int64_t least = std::numeric_limits<std::int64_t>::max();
   std::map<std::pair<std::uint32_t, std::uint32_t>, Scans> now;
@@ -247,21 +255,21 @@ std::int64_t Tree::FullScans(const std::vector<DomainEntry>& domains) {
       // Another process in its place has scanned less.
       if (!s.seen || scans < s.base) s = {s.seen ? 0 : scans, true};
       now[{domain.domain, member.member}] = s;
-      if (CounterOf(member, "pages_tracked") == 0 || member.unanswered_ms >= 1000) continue;
+      if (CounterOf(member, "pages_tracked") == 0 || member.tunables[engine::kTunable_run] != 1 || member.unanswered_ms >= 1000) continue;
       least = std::min(least, scans - s.base);
     }
   }
   if (least == std::numeric_limits<std::int64_t>::max()) least = 0;
   for (auto& [key, s] : now) s.base += least;
   scans_ = std::move(now);
-  return full_scans_ += least;
+  return kept_->full_scans += least;
 }
 
 int Tree::ReadKsm(std::string_view name, std::string* text) {
   const std::vector<DomainEntry> domains = Domains();
   const auto sum = [&](std::string_view counter) {
     std::int64_t total = 0;
-    for (const DomainEntry& domain : domains) total += CounterOf(domain, counter);
+    for (const DomainEntry& domain : domains) total += BoundedPages(CounterOf(domain, counter));
     return total;
   };
   std::int64_t frames = 0;
@@ -271,7 +279,7 @@ int Tree::ReadKsm(std::string_view name, std::string* text) {
   if (name == "max_kernel_pages") {
     *text = Line(static_cast<std::int64_t>(Broker().Defaults().most_frames));
   } else if (name == "stable_node_chains_prune_millisecs") {
-    *text = Line(prune_ms_);
+    *text = Line(kept_->prune_ms);
   } else if (name == "advisor_mode") {
     *text = TunableOf(domains, engine::kTunable_advisor_mode) ? "none [scan-time]\n" : "[none] scan-time\n";
   } else if (const std::size_t tunable = engine::FindTunableNumber(name); tunable < engine::kTunableCount) {
@@ -283,10 +291,12 @@ int Tree::ReadKsm(std::string_view name, std::string* text) {
   } else if (name == "full_scans") {
     *text = Line(FullScans(domains));
   } else if (name == "pages_scanned" || name == "pages_skipped") {
-    *text = Line(Rise(name == "pages_scanned" ? "pages_scanned" : "pages_skipped", sum(name)));
+    *text = Line(Rise(name == "pages_scanned" ? &kept_->scanned : &kept_->skipped, sum(name)));
   } else if (name == "general_profit") {
     std::int64_t profit = 0;
-    for (const DomainEntry& domain : domains) profit += BalanceOf(domain, Broker().page_bytes()).net;
+    for (const DomainEntry& domain : domains) {
+      if (__builtin_add_overflow(profit, BalanceOf(domain, Broker().page_bytes()).net, &profit)) profit = std::numeric_limits<std::int64_t>::max();
+    }
     *text = Line(profit);
   } else {
     *text = Line(sum(name));
@@ -294,9 +304,10 @@ int Tree::ReadKsm(std::string_view name, std::string* text) {
   return 0;
 }
 
-int Tree::ReadMember(std::uint32_t pid, std::uint32_t file, std::string* text) {
+int Tree::ReadMember(std::uint32_t pid, std::uint32_t file, std::uint32_t asker, std::string* text) {
   if (file == kDirectory) return EISDIR;
   const Member member = FindMember(pid);
+  if (asker != 0 && asker != uid_ && asker != member.entry.uid) return EACCES;
   const auto counter = [&](std::string_view name) { return CounterOf(member.entry, name); };
   const auto line = [&](std::string_view name, std::int64_t value) { *text += std::string(name) + " " + std::to_string(value) + "\n"; };
   if (file == kStat) {
@@ -310,7 +321,7 @@ int Tree::ReadMember(std::uint32_t pid, std::uint32_t file, std::string* text) {
   } else if (file == kUnmerged) {
     for (const ReasonText& reason : kReasonTexts) line(reason.name, counter("unmerged_" + std::string(reason.name)));
   } else {
-    for (const broker::wire::RegionEntry& r : Broker().Explain(member.domain, pid)) {
+    for (const broker::wire::RegionEntry& r : Broker().Explain(member.domain, pid, kMostRegions, asker == 0 ? kRootsPatienceMs : kPatienceMs)) {
       char range[48];
       std::snprintf(range, sizeof range, "%llx-%llx", static_cast<unsigned long long>(r.start), static_cast<unsigned long long>(r.end));
       *text += range;
@@ -342,7 +353,7 @@ int Tree::WriteKsm(std::string_view name, std::string_view text) {
   std::int64_t value = 0;
   if (name == "stable_node_chains_prune_millisecs") {
     if (!ParseUnsigned(text, kUint, &value)) return EINVAL;
-    prune_ms_ = value;
+    kept_->prune_ms = value;
     return 0;
   }
   if (name == "max_kernel_pages") {

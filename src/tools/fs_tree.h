@@ -23,8 +23,18 @@ class Tree {
   static constexpr Node kRoot = 1;
   static constexpr std::size_t kFileBytes = 4096;  // that a file says it has, as sysfs
 
+  // What is shown and is not the broker's. Plain memory, which can outlive the tree.
+  struct Rising {
+    std::int64_t shown = 0, last = 0;  // what KSM only counts up, over members that come and go
+  };
+  struct Kept {
+    Rising scanned, skipped;
+    std::int64_t full_scans = 0;
+    std::int64_t prune_ms = 2000;  // there are no chains that would have to be pruned
+  };
+
   // `uid`: whose the files are that are no member's.
-  Tree(const OperatorOptions& options, std::uint32_t uid);
+  Tree(const OperatorOptions& options, std::uint32_t uid, Kept* kept);
 
   struct About {
     bool directory = false;
@@ -34,7 +44,9 @@ class Tree {
   int Look(Node node, About* about);
   int Find(Node directory, std::string_view name, Node* found);
   int List(Node directory, std::vector<std::pair<std::string, Node>>* entries);
-  int Read(Node node, std::string* text);
+  // `asker`: the user who reads. What is a member's is for its own user and root; also for one who has opened it when the process of
+  // that number was another.
+  int Read(Node node, std::uint32_t asker, std::string* text);
   // As KSM's own files: EINVAL, EBUSY, EPERM, ENOMEM. EINPROGRESS: everything is being unmerged, and Unmerging says when that is done.
   int Write(Node node, std::string_view text);
   int Unmerging();
@@ -51,10 +63,6 @@ class Tree {
     std::uint32_t domain = 0;
     broker::control::MemberEntry entry;
   };
-  // What KSM only counts up, over members that come and go.
-  struct Rising {
-    std::int64_t shown = 0, last = 0;
-  };
   struct Scans {
     std::int64_t base = 0;
     bool seen = false;
@@ -65,20 +73,18 @@ class Tree {
   int Guard(const std::function<int()>& body);
   std::vector<broker::control::DomainEntry> Domains();
   std::int64_t TunableOf(const std::vector<broker::control::DomainEntry>& domains, std::uint32_t tunable);
-  std::int64_t Rise(const char* name, std::int64_t now);
+  static std::int64_t Rise(Rising* rising, std::int64_t now);
   std::int64_t FullScans(const std::vector<broker::control::DomainEntry>& domains);
   Member FindMember(std::uint32_t pid);
   int ReadKsm(std::string_view name, std::string* text);
-  int ReadMember(std::uint32_t pid, std::uint32_t file, std::string* text);
+  int ReadMember(std::uint32_t pid, std::uint32_t file, std::uint32_t asker, std::string* text);
   int WriteKsm(std::string_view name, std::string_view text);
 
   OperatorOptions options_;
   std::uint32_t uid_;
+  Kept* kept_;
   std::unique_ptr<Operator> broker_;
-  std::map<std::string, Rising> rising_;
   std::map<std::pair<std::uint32_t, std::uint32_t>, Scans> scans_;  // by domain and number
-  std::int64_t full_scans_ = 0;
-  std::int64_t prune_ms_ = 2000;  // kept and shown; there are no chains that would have to be pruned
 };
 
 }  // namespace ksmu::tools

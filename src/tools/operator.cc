@@ -240,19 +240,19 @@ int Operator::Unmerging(std::uint32_t domain, std::uint32_t pid) {
   int error = 0;
   for (const MemberEntry& member : Members(domain, pid)) {
     if (member.unanswered_ms >= kSilentMs || member.reported_ms == ~std::uint64_t{0}) continue;
-    // A report from before it was told says run 1.
-    if (member.tunables[engine::kTunable_run] != 2 || member.unmerging == EINPROGRESS) {
-      if (member.reported_ms < kReportWithinMs) return EINPROGRESS;
-    } else if (member.unmerging) {
-      error = static_cast<int>(member.unmerging);
-    }
+    // What it has answered to it has reported before. So where run is something else, its program has set that since, and is obeyed.
+    if (member.tunables[engine::kTunable_run] != 2) continue;
+    if (member.unmerging != EINPROGRESS) error = member.unmerging ? static_cast<int>(member.unmerging) : error;
+    else if (member.reported_ms < kReportWithinMs) return EINPROGRESS;
   }
   return error;
 }
 
-std::vector<broker::wire::RegionEntry> Operator::Explain(std::uint32_t domain, std::uint32_t pid) {
+std::vector<broker::wire::RegionEntry> Operator::Explain(std::uint32_t domain, std::uint32_t pid, std::size_t most, std::uint64_t within_ms) {
   std::vector<broker::wire::RegionEntry> all;
+  const std::uint64_t begun = os::MonotonicMs();
   for (std::uint64_t from = 0;;) {
+    if (all.size() > most || os::MonotonicMs() - begun > within_ms) throw Failed{kNoAnswer, "the process has more regions than can be waited for", ETIMEDOUT};
     out_->header = MakeHeader(Kind::kExplain, 1, 0);
     out_->explain = {domain, pid, from};
     const Message& answer = Ask(Kind::kExplained, [&](int error) {

@@ -82,7 +82,8 @@ class Operator {
   broker::control::DefaultsEntry Defaults();
   // Of what run 2 has begun, in members that answer: EINPROGRESS, 0, or the errno that it has ended with in one of them.
   int Unmerging(std::uint32_t domain, std::uint32_t pid = 0);
-  std::vector<broker::wire::RegionEntry> Explain(std::uint32_t domain, std::uint32_t pid);
+  // A member that lies can go on telling for ever: whoever cannot wait says how many are wanted at the most, and for how long.
+  std::vector<broker::wire::RegionEntry> Explain(std::uint32_t domain, std::uint32_t pid, std::size_t most = ~std::size_t{0}, std::uint64_t within_ms = ~std::uint64_t{0});
 
  private:
   // The answer, which is of this kind; Failed with the errno that came instead, whose words are made by `words`.

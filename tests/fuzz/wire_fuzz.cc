@@ -69,7 +69,7 @@ bool TuneGood(const std::byte* e) {
   for (const int i : {12, 13, 14, 15}) ranges[i].least = 1;
   ranges[5].least = 2;
   const std::uint32_t which = WordAt(e);
-  return which < 18 && WordAt(e + 4) == 0 && LongAt(e + 8) >= ranges[which].least && LongAt(e + 8) <= ranges[which].most;
+  return which < 18 && WordAt(e + 4) <= 1 && LongAt(e + 8) >= ranges[which].least && LongAt(e + 8) <= ranges[which].most;
 }
 bool TunedGood(const std::byte* e) { return WordAt(e) < 18 && WordAt(e + 4) <= 4095; }
 bool AskGood(const std::byte* e) { return LongAt(e) < 1ull << 57; }
