@@ -42,7 +42,7 @@ SMALLER = {
 FUZZERS = {
     "wire": (["wire"], [], [], ["-max_len=16401"], 20000),
     "domain": (DOMAIN, [], [], ["-max_len=384", "-len_control=10"], 200),
-    "server": (["server", "operators", "control", "storage", "nodes", "wire", *DOMAIN], ["content/content.cc"], ["-lxxhash"], ["-max_len=384", "-len_control=10"], 200),
+    "server": (["server", "operators", "tuning", "tuner", "control", "storage", "nodes", "wire", *DOMAIN], ["content/content.cc", "os/text.cc"], ["-lxxhash"], ["-max_len=384", "-len_control=10"], 200),
 }
 MOST_LINES_MISSED = 10  # percent, of wire.cc
 passed, failed, skipped = [], [], []
