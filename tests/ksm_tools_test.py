@@ -253,14 +253,16 @@ def virsh(machine):
     config = machine.directory + "/libvirtd.conf"
     with open(config, "w") as f:
         f.write(f'listen_tls = 0\nlisten_tcp = 0\nunix_sock_dir = "{run}"\nauth_unix_ro = "none"\nauth_unix_rw = "none"\nlog_outputs = "3:stderr"\n')
+    # Users that the package libvirt-daemon-system makes, which starts services; it looks for them whoever its guests are to be.
     etc = own_etc(machine)
     os.makedirs(etc + "/libvirt", exist_ok=True)
-    with open(etc + "/libvirt/qemu.conf", "w") as f:
-        f.write('user = "root"\ngroup = "root"\nsecurity_driver = "none"\n')  # or it wants users of the package libvirt-daemon-system
+    for name, line in (("passwd", "libvirt-qemu:x:64055:64055::/nonexistent:/usr/sbin/nologin\n"), ("group", "libvirt-qemu:x:64055:\n"),
+                       ("libvirt/qemu.conf", 'user = "root"\ngroup = "root"\nsecurity_driver = "none"\n')):
+        with open(f"{etc}/{name}", "a") as f:
+            f.write(line)
     # What it would leave on the machine.
-    for place in ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt"):
-        if os.path.isdir(place):
-            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True)
+    for place in ("/run", "/var/lib", "/var/cache", "/var/log"):
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True)
     one = subprocess.Popen([daemon, "--config", config, "--pid-file", run + "/pid"], env=environment(), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def tune(*arguments):
