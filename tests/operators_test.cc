@@ -293,6 +293,7 @@ TEST_F(Operators, NodesAreKeptApartFromNowOn) {
   ASSERT_NE(frame, wire::kNoFrame);
   EXPECT_EQ(SetFails(owner, engine::kTunable_merge_across_nodes, 0), EBUSY);
   EXPECT_EQ(SetFails(owner, engine::kTunable_merge_across_nodes, 1), 0) << "as it is";
+  EXPECT_EQ(SetFails(owner, engine::kTunable_merge_across_nodes, 0, 50), EINVAL) << "of one member";
   auto drop = std::make_unique<wire::Message>();
   for (const auto kind : {wire::Kind::kDrop, wire::Kind::kRelease}) {
     drop->header = {0, kind, 1, 0, 0};

@@ -310,6 +310,7 @@ void Server::SetTunable(Connection& conn) {
   if (!all && !scope) return FailOperator(conn, number, ENOENT);
   Connection* const one = all ? nullptr : FindMember(*scope, wish.pid);
   if (wish.pid && !one) return FailOperator(conn, number, ESRCH);
+  if (one && wish.tunable == engine::kTunable_merge_across_nodes) return FailOperator(conn, number, EINVAL);  // the broker's
   if (const int error = all ? MaySetForAll(wish.tunable, wish.value) : MaySet(*scope, wish.tunable, wish.value)) return FailOperator(conn, number, error);
   LogMember(Level::kInfo, all ? "(all)" : scope->name, conn.who,
             "as its operator: " + std::string(kTunableRules[wish.tunable].name) + " is " + std::to_string(wish.value) + (one ? " for member " + std::to_string(wish.pid) : ""));

@@ -255,7 +255,7 @@ std::int64_t Tree::FullScans(const std::vector<DomainEntry>& domains) {
       // Another process in its place has scanned less.
       if (!s.seen || scans < s.base) s = {s.seen ? 0 : scans, true};
       now[{domain.domain, member.member}] = s;
-      if (CounterOf(member, "pages_tracked") == 0 || member.tunables[engine::kTunable_run] != 1 || member.unanswered_ms >= 1000) continue;
+      if (CounterOf(member, "regions") == 0 || member.tunables[engine::kTunable_run] != 1 || member.unanswered_ms >= 1000) continue;
       least = std::min(least, scans - s.base);
     }
   }
