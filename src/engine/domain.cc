@@ -13,6 +13,7 @@ constexpr std::uint64_t kFormersNs = 1'000'000'000;
 constexpr std::int64_t kFirstWait = 1'000'000'000, kLongestWait = 16'000'000'000;
 constexpr std::int64_t kFirstLook = 1'000'000, kLongestLook = 100'000'000;  // for the answer to having asked to be let in
 constexpr std::uint64_t kTellNs = 2'000'000'000;
+constexpr std::uint64_t kSoonNs = 100'000'000;
 }  // namespace
 
 void Runtime::TendDomain() {
@@ -48,7 +49,8 @@ void Runtime::TendDomain() {
   if (source_) {
     engine_->SetSource(source_);
     pass_sleep_ns_ = 0;
-    next_scan_at_ = 0;
+    // Soon, but not at once: a page has to be still for as long, and what has been set for the domain is to come before.
+    next_scan_at_ = std::min(next_scan_at_, now + kSoonNs);
     if (!engine_->SourceIsThere()) {
       options_.door->Leave(source_);
       options_.door->Forget(source_);

@@ -226,7 +226,8 @@ sigset_t BlockSignals() {
 int Supervise(int fuse, const Options& options, const Identity& as, const sigset_t& wanted, ServeState* state) {
   const auto owner = static_cast<std::uint32_t>(geteuid());
   const pid_t self = getpid();
-  bool said = false;
+  // Mounted: whoever asks now is answered as soon as somebody answers. Only from here on a service manager looks after this process.
+  Notify("READY=1\nSTATUS=mounted on " + options.directory);
   for (;;) {
     const std::uint64_t begun = ksmu::os::MonotonicMs();
     state->alive_at_ms = begun;
@@ -256,8 +257,7 @@ int Supervise(int fuse, const Options& options, const Identity& as, const sigset
         if (!ended) Say("does not answer any more: begun anew");
         kill(child, SIGKILL);
       } else {
-        Notify(said ? "WATCHDOG=1" : "READY=1\nSTATUS=mounted on " + options.directory);
-        said = true;
+        Notify("WATCHDOG=1");
       }
     }
     if (ended || (WIFEXITED(status) && WEXITSTATUS(status) == 0)) return 0;

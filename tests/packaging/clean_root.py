@@ -67,7 +67,7 @@ class CleanRoot:
     def make_devices(self):
         dev = self.root + "/dev"
         self.must("-t", "tmpfs", "-o", "mode=755", "ksmu-root", dev)
-        for name in ("null", "zero", "full", "random", "urandom", "tty", "userfaultfd"):
+        for name in ("null", "zero", "full", "random", "urandom", "tty", "userfaultfd", "fuse"):
             if os.path.exists("/dev/" + name):
                 about = os.stat("/dev/" + name)
                 os.mknod(f"{dev}/{name}", about.st_mode, about.st_rdev)
