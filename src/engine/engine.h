@@ -507,6 +507,7 @@ class Engine {
   os::PageRun* look_runs_ = nullptr;
   base::OwnVector<os::AttributedMapping> attributes_;
   std::uint64_t attributes_until_ = 0, attributes_cost_ = 0;  // 0: at once
+  std::uint64_t attributes_oldest_ = 0, attributes_cpu_ = 0;  // due then at the latest; not before so much of the scanner's CPU time
   std::size_t attributes_maps_ = 0;  // maps_used_ when they were read
   static constexpr std::uint64_t kCheapAttributes = 2'000'000;  // ns
   bool attributes_known_ = false, attributes_lost_ = false;

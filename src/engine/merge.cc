@@ -14,7 +14,9 @@ namespace ksmu::engine {
 using frames::Frame;
 
 namespace {
-constexpr std::uint64_t kAttributesLive = 500'000'000;  // ns: a raw madvise in between is seen late; see docs/limits.md
+// How old attributes may be, in ns: a raw madvise in between is seen late; see docs/limits.md.
+constexpr std::uint64_t kAttributesLive = 500'000'000, kAttributesOldest = 10'000'000'000;
+constexpr std::uint64_t kAttributesWall = 50, kAttributesCpu = 10;  // one part in so many
 constexpr std::uint64_t kAttributesOfMapping = 2'500;     // ns, to read one more
 constexpr std::uint64_t kUnwaitableLive = 2'000'000;
 constexpr std::size_t kMaxUnread = 256;
@@ -27,7 +29,7 @@ constexpr int kZeroTries = 16;
 // there.
 void Engine::RefreshAttributes() {
   attributes_.clear();
-  const std::uint64_t begun = system_.NowNanoseconds(), cpu = system_.ThreadCpuNanoseconds();
+  const std::uint64_t cpu = system_.ThreadCpuNanoseconds();
   const int read = system_.ReadAttributes(
       {0, PageTable::kLimit},
       [](void* cookie, const os::AttributedMapping& m) {
@@ -45,15 +47,24 @@ void Engine::RefreshAttributes() {
   attributes_known_ = read >= 0 && !attributes_lost_;
   attributes_lost_ = false;
   if (attributes_known_) not_read_.clear();
-  attributes_cost_ = system_.ThreadCpuNanoseconds() - cpu;
-  attributes_until_ = begun + std::max(kAttributesLive, 50 * attributes_cost_);
+  // From its end: where many wait for a CPU, a reading can take longer than it is good for, and would be out of date at once.
+  const std::uint64_t now = system_.NowNanoseconds(), cpu_now = system_.ThreadCpuNanoseconds();
+  attributes_cost_ = cpu_now - cpu;
+  attributes_until_ = now + std::max(kAttributesLive, kAttributesWall * attributes_cost_);
+  attributes_oldest_ = now + std::max(kAttributesOldest, kAttributesWall * attributes_cost_);
+  attributes_cpu_ = cpu_now + kAttributesCpu * attributes_cost_;
   attributes_maps_ = maps_used_;
 }
 
-// At most 2 % of the time goes into it: what has been merged since the last reading makes the next one dearer.
+// At most 2 % of the time goes into it, and a tenth of the scanner's own: of fifty processes that share a CPU, each has no more than
+// 2 % of it. What has been merged since the last reading makes the next one dearer.
 bool Engine::AttributesDue() const {
-  const std::uint64_t grown = maps_used_ > attributes_maps_ ? maps_used_ - attributes_maps_ : 0;
-  return system_.NowNanoseconds() >= attributes_until_ + (attributes_until_ ? 50 * kAttributesOfMapping * grown : 0);
+  if (attributes_until_ == 0) return true;
+  const std::uint64_t now = system_.NowNanoseconds();
+  const std::uint64_t dearer = maps_used_ > attributes_maps_ ? (maps_used_ - attributes_maps_) * kAttributesOfMapping : 0;
+  if (now < attributes_until_ + kAttributesWall * dearer) return false;
+  return now >= attributes_oldest_ + kAttributesWall * dearer ||
+         system_.ThreadCpuNanoseconds() >= attributes_cpu_ + kAttributesCpu * dearer;
 }
 
 // Memory that came after the last reading, or may have been mapped anew since, is not merged before the next one.
