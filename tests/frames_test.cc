@@ -691,6 +691,28 @@ TEST_F(IndexTest, EmptyFindsNothing) {
   EXPECT_EQ(index.metadata_bytes(), 0u);
 }
 
+TEST_F(IndexTest, WhatIsNotNeededAnyMoreIsGivenBack) {
+  constexpr std::uint64_t kPages = 50'000;
+  for (std::uint64_t page = 0; page < kPages; ++page) InsertPage(static_cast<std::uint32_t>(page * 2654435761u), page);
+  const std::size_t full = index.metadata_bytes();
+  index.Trim();
+  EXPECT_EQ(index.metadata_bytes(), full) << "all of it is alive";
+  // All but every hundredth have been written since.
+  for (std::uint64_t page = 0; page < kPages; ++page) {
+    if (page % 100) hashes.erase(page << 32);
+  }
+  index.Trim();
+  EXPECT_LE(index.metadata_bytes(), full / 16);
+  EXPECT_EQ(index.size(), kPages / 100);
+  for (std::uint64_t page = 0; page < kPages; page += 100) {
+    const auto hash = static_cast<std::uint32_t>(page * 2654435761u);
+    EXPECT_EQ(Pages(hash), std::multiset<std::uint64_t>{page});
+  }
+  // And it grows again.
+  for (std::uint64_t page = kPages; page < 2 * kPages; ++page) InsertPage(static_cast<std::uint32_t>(page * 2654435761u), page);
+  EXPECT_EQ(Pages(static_cast<std::uint32_t>((2 * kPages - 1) * 2654435761u)), std::multiset<std::uint64_t>{2 * kPages - 1});
+}
+
 TEST_F(IndexTest, PagesAndFramesAreToldApart) {
   constexpr std::uint64_t kHighPage = (std::uint64_t{1} << 36) - 1;  // the last below 2^48
   InsertPage(5, kHighPage);

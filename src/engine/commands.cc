@@ -768,7 +768,7 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   }
   ReclaimFrames(false);
   now_ = false;
-  ForgetReadBuffer();
+  ForgetScratch();
   return done() - before;
 }
 

@@ -237,7 +237,7 @@ class Engine {
   std::size_t HashAndMatch(const Region& region, const Address* pages, std::size_t count);
   std::size_t ReadPages(const Address* pages, std::size_t count, std::byte* into);
   std::byte* ReadBuffer(std::size_t count);
-  void ForgetReadBuffer();
+  void ForgetScratch();
   const std::byte* ReadTwin(Address candidate);
   static constexpr std::size_t kReadPages = kMaxRunPages;  // read and hashed at a time
   using PortionBits = std::bitset<kReadPages>;
@@ -304,7 +304,7 @@ class Engine {
   std::size_t Fit(const Region& region, Address start, std::size_t pages, os::Attributes* attributes, Reason* reason);
   Reason WhyNotTaken(Address page, int error, Span rest, bool* healed);
   void RefreshAttributes();
-  bool AttributesDue() const;
+  bool AttributesDue(bool awaited) const;
   void AttributesUnread(Span span);
   bool AttributesKnown(Address a);
   os::Attributes FindAttributes(Address a, Address* until);
@@ -444,12 +444,14 @@ class Engine {
   std::uint32_t cold_pass_ = 0;   // the last one that did, and when it ended
   std::uint64_t cold_at_ = 0;
   bool looking_ = false;          // this pass looks at everything, whether it was written or not
+  std::uint32_t trim_pass_ = 0;   // the last one that trimmed the index
   std::uint32_t look_pass_ = 0;   // the last one that did, and when it ended
   std::uint64_t look_at_ = 0;
   bool fruitful_ = false;
   bool eager_ = false;            // in this pass: something is to be looked at again at once
   std::int64_t heard_ = 0;        // pages of segments that are sampled that others have too, by what was heard since the pass began
   bool now_ = false;              // ksmu_merge: pages need not have been still
+  std::uint64_t mappings_due_ = 0;    // for the next pass
   std::uint64_t mappings_until_ = 0;  // not counted again before, however often ksmu_merge is called
   std::size_t mappings_at_pass_ = 0;  // counted once a pass, 0: not yet
   std::size_t maps_at_pass_ = 0;      // maps_used_ at that moment
@@ -465,7 +467,7 @@ class Engine {
   static constexpr std::size_t kTwinPages = 16;            // candidates read ahead
   static constexpr std::size_t kHugeBytes = std::size_t{2} << 20;
   std::byte* buffer_ = nullptr;   // kReadPages pages
-  std::size_t buffer_used_ = 0;   // bytes of buffer_ that have ever been touched
+  std::size_t buffer_used_ = 0;   // bytes of buffer_ that have been touched in this pass
   std::byte* huge_ = nullptr;     // the same in a huge page, and kTwinPages more
   std::size_t huge_used_ = 0;     // what it takes now
   std::array<int, kReadPages> nodes_{};  // of the pages of the portion; all 0 unless by_node_
@@ -502,7 +504,7 @@ class Engine {
     Span scanned;
     std::size_t runs = 0;
   };
-  static constexpr std::size_t kLookRuns = kMaxSegmentPages;
+  static constexpr std::size_t kRuns = 1024, kLookRuns = kMaxSegmentPages;
   Look look_;
   os::PageRun* look_runs_ = nullptr;
   base::OwnVector<os::AttributedMapping> attributes_;

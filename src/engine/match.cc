@@ -67,7 +67,7 @@ std::size_t Engine::ReadPages(const Address* pages, std::size_t count, std::byte
 }
 
 // Where pages are read to. The kernel pins what it writes to, page by page: a huge page spares it half of the work, but is
-// worth its memory only when there is much to read; it is given back at the end of each pass (ForgetReadBuffer): what a few thousand
+// worth its memory only when there is much to read; it is given back at the end of each pass (ForgetScratch): what a few thousand
 // pages are read to would else be there for good in every process of a fleet, whose passes find a little again and again.
 std::byte* Engine::ReadBuffer(std::size_t count) {
   if (count >= kReadPages && !huge_) huge_ = static_cast<std::byte*>(base::MapOwnHugePages((kReadPages + kTwinPages) * page_));
@@ -79,9 +79,16 @@ std::byte* Engine::ReadBuffer(std::size_t count) {
   return buffer_;
 }
 
-void Engine::ForgetReadBuffer() {
+// What only one pass needs. It is as much again as all that a process of some 100 MiB needs for good.
+void Engine::ForgetScratch() {
   if (huge_used_) base::ForgetOwnPages(huge_, kHugeBytes);
-  huge_used_ = 0;
+  if (buffer_used_) base::ForgetOwnPages(buffer_, buffer_used_);  // not what lies behind it: that is the event thread's
+  huge_used_ = buffer_used_ = 0;
+  look_ = Look{};
+  base::ForgetOwnPages(runs_, kRuns * sizeof(os::PageRun));
+  base::ForgetOwnPages(look_runs_, kLookRuns * sizeof(os::PageRun));
+  base::ForgetOwnPages(plan_, 2 * kMaxSegmentPages * sizeof(Planned));
+  base::ForgetOwnPages(zeros_, 2 * kMaxSegmentPages * sizeof(Address));
 }
 
 std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std::size_t count) {

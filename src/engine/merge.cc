@@ -15,8 +15,8 @@ using frames::Frame;
 
 namespace {
 // How old attributes may be, in ns: a raw madvise in between is seen late; see docs/limits.md.
-constexpr std::uint64_t kAttributesLive = 500'000'000, kAttributesOldest = 10'000'000'000;
-constexpr std::uint64_t kAttributesWall = 50, kAttributesCpu = 10;  // one part in so many
+constexpr std::uint64_t kAttributesLive = 500'000'000, kAttributesOldest = 600'000'000'000;
+constexpr std::uint64_t kAttributesWall = 50, kAttributesCpu = 10, kAttributesIdle = 10'000;  // one part in so many
 constexpr std::uint64_t kAttributesOfMapping = 2'500;     // ns, to read one more
 constexpr std::uint64_t kUnwaitableLive = 2'000'000;
 constexpr std::size_t kMaxUnread = 256;
@@ -51,20 +51,20 @@ void Engine::RefreshAttributes() {
   const std::uint64_t now = system_.NowNanoseconds(), cpu_now = system_.ThreadCpuNanoseconds();
   attributes_cost_ = cpu_now - cpu;
   attributes_until_ = now + std::max(kAttributesLive, kAttributesWall * attributes_cost_);
-  attributes_oldest_ = now + std::max(kAttributesOldest, kAttributesWall * attributes_cost_);
+  attributes_oldest_ = std::max(attributes_until_, now + std::min(kAttributesOldest, kAttributesIdle * attributes_cost_));
   attributes_cpu_ = cpu_now + kAttributesCpu * attributes_cost_;
   attributes_maps_ = maps_used_;
 }
 
 // At most 2 % of the time goes into it, and a tenth of the scanner's own: of fifty processes that share a CPU, each has no more than
-// 2 % of it. What has been merged since the last reading makes the next one dearer.
-bool Engine::AttributesDue() const {
+// 2 % of it. Unless somebody waits for it, a scanner with little to do does without for longer. What has been merged since the
+// last reading makes the next one dearer.
+bool Engine::AttributesDue(bool awaited) const {
   if (attributes_until_ == 0) return true;
   const std::uint64_t now = system_.NowNanoseconds();
   const std::uint64_t dearer = maps_used_ > attributes_maps_ ? (maps_used_ - attributes_maps_) * kAttributesOfMapping : 0;
   if (now < attributes_until_ + kAttributesWall * dearer) return false;
-  return now >= attributes_oldest_ + kAttributesWall * dearer ||
-         system_.ThreadCpuNanoseconds() >= attributes_cpu_ + kAttributesCpu * dearer;
+  return awaited || now >= attributes_oldest_ || system_.ThreadCpuNanoseconds() >= attributes_cpu_ + kAttributesCpu * dearer;
 }
 
 // Memory that came after the last reading, or may have been mapped anew since, is not merged before the next one.
@@ -76,16 +76,13 @@ void Engine::AttributesUnread(Span span) {
 }
 
 bool Engine::AttributesKnown(Address a) {
-  if (AttributesDue()) RefreshAttributes();
-  if (!attributes_known_) return false;
-  for (const Span& span : not_read_) {
-    if (span.contains(a)) return false;
-  }
-  return true;
+  const auto unread = [&] { return std::any_of(not_read_.begin(), not_read_.end(), [a](const Span& span) { return span.contains(a); }); };
+  if (AttributesDue(!attributes_known_ || unread())) RefreshAttributes();
+  return attributes_known_ && !unread();
 }
 
 os::Attributes Engine::FindAttributes(Address a, Address* until) {
-  if (AttributesDue()) RefreshAttributes();
+  if (AttributesDue(false)) RefreshAttributes();
   return LastAttributes(a, until);
 }
 

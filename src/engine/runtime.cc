@@ -21,11 +21,12 @@ constexpr std::int64_t kLongestPassSleep = 2000 * kMillisecond;
 // one part in so many of a CPU.
 constexpr std::int64_t kWorthOfPageNs = 100'000;
 constexpr std::int64_t kRichly = 16, kPromising = 4;
-constexpr std::int64_t kFruitlessPart = 2000;
+constexpr std::int64_t kFruitlessPart = 4000;
 constexpr std::uint64_t kAfterRemergeNs = 5000 * kMillisecond;
 constexpr std::uint64_t kForgetSavedNs = 10'000'000'000;
-constexpr std::int64_t kFruitlessSleep = 20000 * kMillisecond;
-constexpr std::int64_t kNewsSleep = 200 * kMillisecond;  // what a broker and other members have to say waits so long
+constexpr std::int64_t kFruitlessSleep = 40000 * kMillisecond;
+// What a broker and other members have to say waits so long; longer, where nothing has been heard for a while.
+constexpr std::int64_t kNewsSleep = 200 * kMillisecond, kLongestNewsSleep = 500 * kMillisecond;
 // Threads of the program wait at the scanner's gates, whatever their priority: so it is not put behind them, and those who
 // answer go first where that is permitted. What the scanner may use is bounded by cpu_limit_percent.
 constexpr int kScannerNice = 0, kEventNice = -10;
@@ -559,6 +560,10 @@ void Runtime::InheritRegions() {
   }
 }
 
+std::int64_t Runtime::NewsSleep() {
+  return std::exchange(news_sleep_ns_, std::min(news_sleep_ns_ + news_sleep_ns_ / 8, kLongestNewsSleep));
+}
+
 void Runtime::ScannerLoop() {
   ReportStart();
   while (RunCommands()) {
@@ -579,7 +584,8 @@ void Runtime::ScannerLoop() {
       } else if (source_ == nullptr) {
         const auto pass = static_cast<std::int64_t>(next_scan_at_ - now);
         Sleep(JoiningSoon() ? std::min(pass, join_look_ns_) : pass);
-      } else if (Sleep(std::min(static_cast<std::int64_t>(next_scan_at_ - now), kNewsSleep)); engine_->HearNews()) {
+      } else if (Sleep(std::min(static_cast<std::int64_t>(next_scan_at_ - now), NewsSleep())); engine_->HearNews()) {
+        news_sleep_ns_ = kNewsSleep;
         // What others have to say is worth a pass at once where it is worth more than the pass takes; the rest is gathered for a while.
         const bool now_or_never = engine_->NewsPages() < 0 || engine_->NewsPages() * kWorthOfPageNs >= pass_cpu_ns_;
         const std::uint64_t soon = now_or_never ? now : pass_ended_at_ + static_cast<std::uint64_t>(kLongestPassSleep);
@@ -592,7 +598,7 @@ void Runtime::ScannerLoop() {
     const bool now_and_then = engine_->HasRegions() || engine_->HasForeign() || engine_->ReclaimDue() || formers_[0].source;
     Sleep(again                        ? kMillisecond
           : JoiningSoon()              ? join_look_ns_
-          : source_ != nullptr         ? kNewsSleep
+          : source_ != nullptr         ? NewsSleep()
           : now_and_then               ? kLongestPassSleep
                                        : -1);
   }
@@ -671,6 +677,7 @@ void Runtime::Scan() {
     sleep = std::max(sleep, sleep_millisecs * kMillisecond);
   }
   rest_until_ = now + static_cast<std::uint64_t>(sleep);
+  if (step.fruitful) news_sleep_ns_ = kNewsSleep;
   if (step.pass_ended) {
     // The length of a pass is the interval in which a page has to be still: not shorter than a tenth of a second, unless
     // somebody wants it flat out. A pass that finds nothing doubles it, and so does one that finds less than it costs.

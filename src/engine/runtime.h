@@ -161,6 +161,7 @@ class Runtime {
   bool MayRunWhileParked(const Command& command) const;
   void Sleep(std::int64_t ns);
   void Scan();
+  std::int64_t NewsSleep();
   std::int64_t PassPaid();
   void Answer(Slot* slot);
   void Nudge();
@@ -200,6 +201,7 @@ class Runtime {
   std::atomic<std::uint32_t> end_{0};  // never changes: something to wait on for a while
 
   // Pacing.
+  std::int64_t news_sleep_ns_ = 200'000'000;
   std::int64_t pass_sleep_ns_ = 0;
   std::int64_t pass_cpu_ns_ = 0;    // of the last whole pass: of its steps, not of commands and news in between
   std::int64_t steps_cpu_ns_ = 0;   // of the present one, so far

@@ -9,8 +9,8 @@
 namespace ksmu::engine {
 namespace {
 constexpr std::size_t kChunkBytes = std::size_t{8} << 20;  // what a command waits for, and PAGEMAP_SCAN holds mmap_lock for reading
-constexpr std::size_t kRuns = 1024;
 constexpr std::uint32_t kAuditEvery = 64;                   // passes
+constexpr std::uint32_t kTrimPasses = 16;                   // from one trimming of the index to the next
 constexpr std::uint8_t kMaxBackoff = 4;
 constexpr std::size_t kQuietBytes = std::size_t{256} << 20;
 constexpr std::uint32_t kLookPasses = 64;                   // and kLookNs, whichever is later
@@ -101,19 +101,20 @@ Engine::StepResult Engine::Step() {
     result.eager = eager_;
     eager_ = false;
     heard_ = 0;
-    ForgetReadBuffer();
+    ForgetScratch();
     if (pool_.source() && pool_.provisions() == 0 && !pool_.source()->Busy()) pool_.source()->ClearRing();
     fruitful_ = false;
     cursor_ = 0;
     const std::uint64_t now = system_.NowNanoseconds();
     CountPass(now);
+    if (pass_ - trim_pass_ >= kTrimPasses) trim_pass_ = pass_, index_.Trim();
     if (!skip_cold_) cold_pass_ = pass_, cold_at_ = now;
     skip_cold_ = tunables_.smart_scan.load(std::memory_order_relaxed) && pass_ - cold_pass_ < kColdPasses - 1 &&
                  now - cold_at_ < kColdNs;
     if (looking_) look_pass_ = pass_, look_at_ = now;
     looking_ = pass_ - look_pass_ >= kLookPasses && now - look_at_ >= kLookNs;
     Add(counters_.full_scans, 1);
-    mappings_at_pass_ = 0;
+    if (now >= mappings_due_ || MappingsNow() > max_mappings_ / 2) mappings_at_pass_ = 0;
     pins_known_ = references_known_ = false;
     return result;
   }
@@ -537,10 +538,14 @@ void Engine::Audit(const Region& region) {
     const int error = system_.QueryMapping(at, &mapping);
     if (error && error != -ENOENT) return;  // refused: that is not to be taken for a hole
     const bool found = error == 0;
-    AwaitForks(Patience());
-    if (move_count_.load(std::memory_order_acquire) || lost_moves_.load(std::memory_order_relaxed)) return;  // to be followed, not forgotten
+    // What is not as it was may have been moved: that is followed, not forgotten.
+    const auto moved = [this] {
+      AwaitForks(Patience());
+      return move_count_.load(std::memory_order_acquire) || lost_moves_.load(std::memory_order_relaxed);
+    };
     const Address start = found ? std::max(mapping.start, at) : region.end;
     if (start > at) {
+      if (moved()) return;
       const Span hole{at, std::min(start, region.end) - at};
       ForgetRange(hole);
       regions_.Erase(hole);
@@ -549,6 +554,7 @@ void Engine::Audit(const Region& region) {
     const Address end = std::min(mapping.end, region.end);
     const bool ours = pool_.IsPoolMapping(mapping);
     if (!ours && !IsInherited(mapping) && !(mapping.anonymous && !mapping.shared)) {
+      if (moved()) return;
       ForgetRange({start, end - start});
       regions_.Erase({start, end - start});
     } else {
@@ -561,8 +567,12 @@ void Engine::Audit(const Region& region) {
           if (!word) continue;
           const Page page(word->load(std::memory_order_acquire));
           if (!page.covers()) continue;
-          if (ours && pool_.Shows(mapping, a, page.value())) covers = true;
-          else ForgetPage(a, word);
+          if (ours && pool_.Shows(mapping, a, page.value())) {
+            covers = true;
+            continue;
+          }
+          if (moved()) return;
+          ForgetPage(a, word);
         }
         next = segment->start + kSegmentBytes;
       }

@@ -1,6 +1,12 @@
 #include "frames/index.h"
 
+#include <algorithm>
+#include <bit>
+
 namespace ksmu::frames {
+namespace {
+constexpr std::size_t kFewest = 4096;  // slots
+}  // namespace
 
 Index::~Index() { Clear(); }
 
@@ -18,25 +24,37 @@ void Index::Put(std::uint32_t hash, std::uint64_t slot) {
   ++live_;
 }
 
-bool Index::Grow() {
-  std::size_t capacity = slots_ ? mask_ + 1 : 0;
-  // An entry of a page that has had other contents since is stale, though the page may be still again: by its tag.
-  auto alive = [&](std::uint64_t slot, std::uint32_t* hash) {
-    return slot != kEmpty && slot != kTombstone && hash_of_(cookie_, Decode(slot), hash) && Tag(*hash) == slot >> kTagShift;
-  };
+// An entry of a page that has had other contents since is stale, though the page may be still again: by its tag.
+bool Index::IsAlive(std::uint64_t slot, std::uint32_t* hash) const {
+  return slot != kEmpty && slot != kTombstone && hash_of_(cookie_, Decode(slot), hash) && Tag(*hash) == slot >> kTagShift;
+}
+
+// Slots for what is alive, and one entry more: half of them full at most.
+std::size_t Index::Wanted() const {
   std::size_t count = 1;
   std::uint32_t hash;
-  for (std::size_t i = 0; i < capacity; ++i) count += alive(slots_[i], &hash);
-  std::size_t wanted = 4096;
-  while (wanted < count * 2) wanted *= 2;
+  for (std::size_t i = 0; slots_ && i <= mask_; ++i) count += IsAlive(slots_[i], &hash);
+  return std::max(kFewest, std::bit_ceil(count * 2));
+}
+
+bool Index::Grow() { return Rebuild(Wanted()); }
+
+void Index::Trim() {
+  if (!slots_ || mask_ + 1 <= kFewest) return;
+  if (const std::size_t wanted = Wanted(); wanted <= mask_) Rebuild(wanted);
+}
+
+bool Index::Rebuild(std::size_t wanted) {
+  const std::size_t capacity = slots_ ? mask_ + 1 : 0;
   auto* grown = static_cast<std::uint64_t*>(base::MapOwnPages(wanted * sizeof(std::uint64_t)));
   if (!grown) return false;
   std::uint64_t* old = slots_;
   slots_ = grown;
   mask_ = wanted - 1;
   live_ = filled_ = 0;
+  std::uint32_t hash;
   for (std::size_t i = 0; i < capacity; ++i) {
-    if (!alive(old[i], &hash)) continue;
+    if (!IsAlive(old[i], &hash)) continue;
     std::size_t at = Home(hash);
     while (slots_[at] != kEmpty && slots_[at] != old[i]) at = (at + 1) & mask_;
     if (slots_[at] == kEmpty) Put(hash, old[i]);  // else it is there twice

@@ -48,6 +48,7 @@ class Index {
   using HashOf = bool (*)(void* cookie, const Entry&, std::uint32_t* hash);
   void SetHashOf(HashOf hash_of, void* cookie) { hash_of_ = hash_of, cookie_ = cookie; }
   bool Insert(std::uint32_t hash, const Entry& entry);  // false: no memory
+  void Trim();  // gives back what it does not need any more
   void Clear();
   std::size_t size() const { return live_; }
   std::size_t metadata_bytes() const { return slots_ ? (mask_ + 1) * sizeof(std::uint64_t) : 0; }
@@ -72,6 +73,9 @@ class Index {
   }
   void Put(std::uint32_t hash, std::uint64_t slot);
   bool Grow();
+  bool IsAlive(std::uint64_t slot, std::uint32_t* hash) const;
+  std::size_t Wanted() const;
+  bool Rebuild(std::size_t capacity);
 
   std::uint64_t* slots_ = nullptr;
   std::size_t mask_ = 0;
