@@ -64,13 +64,13 @@ TEST_F(IndexTest, WhatIsNotNeededAnyMoreIsGivenBack) {
   constexpr std::uint64_t kPages = 50'000;
   for (std::uint64_t page = 0; page < kPages; ++page) InsertPage(static_cast<std::uint32_t>(page * 2654435761u), page);
   const std::size_t full = index.metadata_bytes();
-  index.Trim();
+  index.Trim(kPages);
   EXPECT_EQ(index.metadata_bytes(), full) << "all of it is alive";
   // All but every hundredth have been written since.
   for (std::uint64_t page = 0; page < kPages; ++page) {
     if (page % 100) hashes.erase(page << 32);
   }
-  index.Trim();
+  index.Trim(kPages / 100);
   EXPECT_LE(index.metadata_bytes(), full / 16);
   EXPECT_EQ(index.size(), kPages / 100);
   for (std::uint64_t page = 0; page < kPages; page += 100) {

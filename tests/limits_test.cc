@@ -322,23 +322,6 @@ TEST(Limits, DataSegment) {
 
 // --- the commit limit -----------------------------------------------------------------------------------------------
 
-// A setting of the whole machine, given back whatever happens to the test.
-class Sysctl {
- public:
-  Sysctl(const char* path, const char* value) : path_(path), old_(ReadFile(path)) {
-    set_ = !old_.empty() && WriteFile(path_, value);
-  }
-  ~Sysctl() {
-    if (set_ && !WriteFile(path_, old_)) ADD_FAILURE() << path_ << " could not be restored to " << old_;
-  }
-  bool set() const { return set_; }
-
- private:
-  const char* path_;
-  std::string old_;
-  bool set_ = false;
-};
-
 TEST(Limits, OvercommitNever) {
   if (kSanitized) GTEST_SKIP() << "a sanitizer's shadow does not fit into the commit limit";
   Sysctl overcommit("/proc/sys/vm/overcommit_memory", "2");

@@ -134,6 +134,23 @@ std::int64_t ReadStatusKilobytes(const char* field);
 std::string ReadFile(const std::string& path);
 bool WriteFile(const std::string& path, std::string_view text);
 
+// A setting of the whole machine, given back whatever happens to the test.
+class Sysctl {
+ public:
+  Sysctl(const char* path, const char* value) : path_(path), old_(ReadFile(path)) { set_ = !old_.empty() && WriteFile(path_, value); }
+  ~Sysctl() {
+    if (set_ && !WriteFile(path_, old_)) ADD_FAILURE() << path_ << " could not be restored to " << old_;
+  }
+  Sysctl(const Sysctl&) = delete;
+  Sysctl& operator=(const Sysctl&) = delete;
+  bool set() const { return set_; }
+
+ private:
+  const char* path_;
+  std::string old_;
+  bool set_ = false;
+};
+
 // --- the library --------------------------------------------------------------------------------------------------
 
 // ksmu_get / ksmu_set that fail the test on error.

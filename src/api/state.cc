@@ -334,6 +334,7 @@ int StartRuntime(const engine::RuntimeOptions& options) {
   os::ErrorText text;
   engine::RuntimeOptions with_inheritance = options;
   with_inheritance.inheritance = &g_inheritance;
+  with_inheritance.sees_calls = g_when_loaded != nullptr;  // the shim is there
   with_inheritance.steward = {&SetForDomain, &ReadForDomain, &LeaveDomain};
   const ThreadsInHand threads;
   if (int error = engine::Runtime::Start(g_settings, with_inheritance, &runtime, &text)) {

@@ -23,13 +23,11 @@ constexpr std::size_t kShort = 12;   // from here on long runs go first
 constexpr std::uint32_t kWaits = 2;
 constexpr std::size_t kMaxReplicas = 64;
 constexpr std::size_t kPagesAReplica = 8;  // one page in so many at most goes into replicas
-constexpr std::uint64_t kCountingPart = 2000;  // of the time, where the limit is far
 
 std::size_t ShortestRun(std::size_t spent) { return spent < kShort ? 1 : std::size_t{2} << (spent - kShort); }
 }  // namespace
 
-// Counts the process's mappings, once a pass where they are many for the limit; a command's count is good for as long as it is
-// cheap to have made.
+// Counts the process's mappings, once a pass; a command's count is good for as long as it is cheap to have made.
 void Engine::CountMappings(bool again) {
   if (again && system_.NowNanoseconds() > mappings_until_) mappings_at_pass_ = 0;
   if (mappings_at_pass_) return;
@@ -38,7 +36,6 @@ void Engine::CountMappings(bool again) {
   mappings_at_pass_ = system_.CountMappings();
   const std::uint64_t counted = system_.NowNanoseconds();
   mappings_until_ = counted + 20 * (counted - begun);
-  mappings_due_ = counted + kCountingPart * (counted - begun);
   maps_at_pass_ = maps_used_.load(std::memory_order_relaxed);
 }
 

@@ -82,7 +82,7 @@ int Engine::Advise(Span span, bool promise, bool sync_break, bool owned) {
     const bool ours = pool_.IsPoolMapping(mapping);
     bool eligible = ours || IsInherited(mapping) || (mapping.anonymous && !mapping.shared && !mapping.stack && !mapping.heap && !mapping.special);
     if (part.end() > PageTable::kLimit) eligible = false;
-    if (eligible && mapping.anonymous) {
+    if (eligible && mapping.anonymous && !AttributesUnreadAt(part.start)) {  // else it is seen when they are read
       Address until = 0;
       const os::Attributes a = FindAttributes(part.start, &until);
       eligible = !(a.locked || a.hugetlb || a.pfn_map || a.grows_down || a.sealed);
@@ -768,7 +768,7 @@ std::int64_t Engine::Merge(Span span, bool (*cancelled)(void*), void* cookie) {
   }
   ReclaimFrames(false);
   now_ = false;
-  ForgetScratch();
+  ForgetReadBuffer();
   return done() - before;
 }
 

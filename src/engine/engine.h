@@ -107,6 +107,8 @@ class Engine {
   };
   StepResult Step();
   // Called in the middle of long work, between two merges: may read, must not change anything.
+  // Whether calls that change attributes of mappings are told to us: the program runs under the shim.
+  void SetSeesCalls(bool sees) { sees_calls_ = sees; }
   void SetPoll(void (*poll)(void*), void* cookie) { poll_ = poll, poll_cookie_ = cookie; }
   // Sees to it that discarded pages of the span read as zeros without anybody answering their faults.
   void FillMarked(Span span);
@@ -237,7 +239,9 @@ class Engine {
   std::size_t HashAndMatch(const Region& region, const Address* pages, std::size_t count);
   std::size_t ReadPages(const Address* pages, std::size_t count, std::byte* into);
   std::byte* ReadBuffer(std::size_t count);
+  void ForgetReadBuffer();
   void ForgetScratch();
+  void TrimIndex();
   const std::byte* ReadTwin(Address candidate);
   static constexpr std::size_t kReadPages = kMaxRunPages;  // read and hashed at a time
   using PortionBits = std::bitset<kReadPages>;
@@ -305,6 +309,7 @@ class Engine {
   Reason WhyNotTaken(Address page, int error, Span rest, bool* healed);
   void RefreshAttributes();
   bool AttributesDue(bool awaited) const;
+  bool AttributesUnreadAt(Address a) const;
   void AttributesUnread(Span span);
   bool AttributesKnown(Address a);
   os::Attributes FindAttributes(Address a, Address* until);
@@ -451,7 +456,6 @@ class Engine {
   bool eager_ = false;            // in this pass: something is to be looked at again at once
   std::int64_t heard_ = 0;        // pages of segments that are sampled that others have too, by what was heard since the pass began
   bool now_ = false;              // ksmu_merge: pages need not have been still
-  std::uint64_t mappings_due_ = 0;    // for the next pass
   std::uint64_t mappings_until_ = 0;  // not counted again before, however often ksmu_merge is called
   std::size_t mappings_at_pass_ = 0;  // counted once a pass, 0: not yet
   std::size_t maps_at_pass_ = 0;      // maps_used_ at that moment
@@ -512,6 +516,7 @@ class Engine {
   std::uint64_t attributes_oldest_ = 0, attributes_cpu_ = 0;  // due then at the latest; not before so much of the scanner's CPU time
   std::size_t attributes_maps_ = 0;  // maps_used_ when they were read
   static constexpr std::uint64_t kCheapAttributes = 2'000'000;  // ns
+  bool sees_calls_ = false;
   bool attributes_known_ = false, attributes_lost_ = false;
   base::OwnVector<Span> not_read_;  // advised since the last reading
   base::OwnVector<Address> unwaitable_;  // sorted page addresses

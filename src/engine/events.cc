@@ -446,6 +446,7 @@ bool Engine::ApplyMoves() {
     if (to.end() > PageTable::kLimit || !table_.MakeRange(to) || !regions_.Set(region)) return false;
     if (presence_) presence_->Note(to);
     excluded_.Erase(to);
+    AttributesUnread(to);  // those of the old place have come along
     for (os::Context breaker : {os::kBreaker, os::kSyncBreaker}) system_.Wake(breaker, to);
     // The program's own MREMAP_DONTUNMAP leaves the old mapping: empty, but over the frames still.
     os::Mapping left;

@@ -46,6 +46,11 @@ bool Engine::TakeFromRun(Span run, PageState expected) {
   for (Address a = run.start; a < run.end(); a += page_) {
     if (!pool_.Shows(mapping, a, table_.Load(a).value()) || Unwaitable(a)) return false;
   }
+  // What is read into it while the run is away must find memory there: it is given back after each pass.
+  for (std::size_t i = 0; i < run.bytes; i += page_) {
+    volatile std::byte& byte = buffer_[i];
+    byte = byte;
+  }
   KSMU_TEST_POINT("remerge.begin", run.start, run.bytes);
   const std::uint32_t now = NowSeconds();
   {

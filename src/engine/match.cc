@@ -79,16 +79,28 @@ std::byte* Engine::ReadBuffer(std::size_t count) {
   return buffer_;
 }
 
+void Engine::ForgetReadBuffer() {
+  if (huge_used_) base::ForgetOwnPages(huge_, kHugeBytes);
+  huge_used_ = 0;
+}
+
 // What only one pass needs. It is as much again as all that a process of some 100 MiB needs for good.
 void Engine::ForgetScratch() {
-  if (huge_used_) base::ForgetOwnPages(huge_, kHugeBytes);
-  if (buffer_used_) base::ForgetOwnPages(buffer_, buffer_used_);  // not what lies behind it: that is the event thread's
-  huge_used_ = buffer_used_ = 0;
+  ForgetReadBuffer();
+  base::ForgetOwnPages(buffer_, kReadPages * page_);  // not what lies behind it: that is the event thread's
+  buffer_used_ = 0;
   look_ = Look{};
   base::ForgetOwnPages(runs_, kRuns * sizeof(os::PageRun));
   base::ForgetOwnPages(look_runs_, kLookRuns * sizeof(os::PageRun));
   base::ForgetOwnPages(plan_, 2 * kMaxSegmentPages * sizeof(Planned));
   base::ForgetOwnPages(zeros_, 2 * kMaxSegmentPages * sizeof(Address));
+}
+
+// Gives back what the index does not need any more. To look at every entry takes its time, and commands wait: only where most must be stale.
+void Engine::TrimIndex() {
+  trim_pass_ = pass_;
+  const auto still = static_cast<std::size_t>(std::max<std::int64_t>(counters_.Read().in(PageState::kStill), 0));
+  index_.Trim(still + pool_.live());
 }
 
 std::size_t Engine::HashAndMatch(const Region& region, const Address* pages, std::size_t count) {

@@ -51,14 +51,15 @@ void Engine::RefreshAttributes() {
   const std::uint64_t now = system_.NowNanoseconds(), cpu_now = system_.ThreadCpuNanoseconds();
   attributes_cost_ = cpu_now - cpu;
   attributes_until_ = now + std::max(kAttributesLive, kAttributesWall * attributes_cost_);
-  attributes_oldest_ = std::max(attributes_until_, now + std::min(kAttributesOldest, kAttributesIdle * attributes_cost_));
+  const std::uint64_t longest = sees_calls_ ? std::min(kAttributesOldest, kAttributesIdle * attributes_cost_) : 0;
+  attributes_oldest_ = std::max(attributes_until_, now + longest);
   attributes_cpu_ = cpu_now + kAttributesCpu * attributes_cost_;
   attributes_maps_ = maps_used_;
 }
 
 // At most 2 % of the time goes into it, and a tenth of the scanner's own: of fifty processes that share a CPU, each has no more than
-// 2 % of it. Unless somebody waits for it, a scanner with little to do does without for longer. What has been merged since the
-// last reading makes the next one dearer.
+// 2 % of it. A scanner with little to do does without for longer, where calls that change attributes are told to us and nobody waits for
+// what they have changed. What has been merged since the last reading makes the next one dearer.
 bool Engine::AttributesDue(bool awaited) const {
   if (attributes_until_ == 0) return true;
   const std::uint64_t now = system_.NowNanoseconds();
@@ -75,10 +76,13 @@ void Engine::AttributesUnread(Span span) {
   attributes_known_ = false;
 }
 
+bool Engine::AttributesUnreadAt(Address a) const {
+  return std::any_of(not_read_.begin(), not_read_.end(), [a](const Span& span) { return span.contains(a); });
+}
+
 bool Engine::AttributesKnown(Address a) {
-  const auto unread = [&] { return std::any_of(not_read_.begin(), not_read_.end(), [a](const Span& span) { return span.contains(a); }); };
-  if (AttributesDue(!attributes_known_ || unread())) RefreshAttributes();
-  return attributes_known_ && !unread();
+  if (AttributesDue(!attributes_known_ || AttributesUnreadAt(a))) RefreshAttributes();
+  return attributes_known_ && !AttributesUnreadAt(a);
 }
 
 os::Attributes Engine::FindAttributes(Address a, Address* until) {

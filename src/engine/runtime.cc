@@ -25,8 +25,7 @@ constexpr std::int64_t kFruitlessPart = 4000;
 constexpr std::uint64_t kAfterRemergeNs = 5000 * kMillisecond;
 constexpr std::uint64_t kForgetSavedNs = 10'000'000'000;
 constexpr std::int64_t kFruitlessSleep = 40000 * kMillisecond;
-// What a broker and other members have to say waits so long; longer, where nothing has been heard for a while.
-constexpr std::int64_t kNewsSleep = 200 * kMillisecond, kLongestNewsSleep = 500 * kMillisecond;
+constexpr std::int64_t kHousekeepingSleep = 2000 * kMillisecond;
 // Threads of the program wait at the scanner's gates, whatever their priority: so it is not put behind them, and those who
 // answer go first where that is permitted. What the scanner may use is bounded by cpu_limit_percent.
 constexpr int kScannerNice = 0, kEventNice = -10;
@@ -136,6 +135,7 @@ int Runtime::OpenEngine(os::ErrorText* error) {
   options_.inheritance->ForgetUnmapped();
   engine_->SetInherited(options_.inheritance->files.data(), options_.inheritance->file_count);
   engine_->SetPresence(&options_.inheritance->presence);
+  engine_->SetSeesCalls(options_.sees_calls);
   engine_->SetPoll([](void* self) { static_cast<Runtime*>(self)->RunReadings(); }, this);
   int result = engine_->Start();
   if (result) error->Set("no memory for the library's own data");
@@ -205,7 +205,7 @@ void Runtime::Sleep(std::int64_t ns) {
   for (const Slot& slot : slots_) {
     if (slot.state.load(std::memory_order_acquire) == kPosted) return;
   }
-  if (pause_.load(std::memory_order_acquire)) return;
+  if (pause_.load(std::memory_order_acquire) || tunables_changed_.load(std::memory_order_acquire)) return;
   os::FutexWait(&bell_, seen, ns);
 }
 
@@ -579,12 +579,19 @@ void Runtime::ScannerLoop() {
       const std::uint64_t now = system_->NowNanoseconds();
       if (now >= next_scan_at_) {
         Scan();
-      } else if (again_at_once) {
         continue;
-      } else if (source_ == nullptr) {
-        const auto pass = static_cast<std::int64_t>(next_scan_at_ - now);
+      }
+      if (again_at_once) continue;
+      // A gate that could not be opened, and memory that has been moved, do not wait for the next pass.
+      bool again = false;
+      if (now >= housekeeping_at_) {
+        again = engine_->Housekeeping();
+        housekeeping_at_ = again ? 0 : now + kHousekeepingSleep;
+      }
+      const std::int64_t pass = std::min(static_cast<std::int64_t>(next_scan_at_ - now), again ? kMillisecond : kHousekeepingSleep);
+      if (source_ == nullptr) {
         Sleep(JoiningSoon() ? std::min(pass, join_look_ns_) : pass);
-      } else if (Sleep(std::min(static_cast<std::int64_t>(next_scan_at_ - now), NewsSleep())); engine_->HearNews()) {
+      } else if (Sleep(std::min(pass, NewsSleep())); engine_->HearNews()) {
         news_sleep_ns_ = kNewsSleep;
         // What others have to say is worth a pass at once where it is worth more than the pass takes; the rest is gathered for a while.
         const bool now_or_never = engine_->NewsPages() < 0 || engine_->NewsPages() * kWorthOfPageNs >= pass_cpu_ns_;
@@ -601,6 +608,7 @@ void Runtime::ScannerLoop() {
           : source_ != nullptr         ? NewsSleep()
           : now_and_then               ? kLongestPassSleep
                                        : -1);
+    if (source_) engine_->HearNews();  // an operator's wish is looked for next
   }
 }
 

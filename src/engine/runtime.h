@@ -79,6 +79,7 @@ struct Steward {
 
 struct RuntimeOptions {
   bool user_mode_only = false;
+  bool sees_calls = false;  // see Engine::SetSeesCalls
   char cpus[128] = {};  // "": all
   Log::Callback log = nullptr;
   void* log_cookie = nullptr;
@@ -174,7 +175,7 @@ class Runtime {
   void ForgetFormers();
   // wishes.cc
   bool TendWishes();
-  void TakeWishes();
+  bool TakeWishes();
   void StopUnmerging(int now);
   void UnmergePortion();
   void TellRegions();
@@ -201,7 +202,10 @@ class Runtime {
   std::atomic<std::uint32_t> end_{0};  // never changes: something to wait on for a while
 
   // Pacing.
-  std::int64_t news_sleep_ns_ = 200'000'000;
+  // What a broker and other members have to say waits so long; longer, where nothing has been heard for a while.
+  static constexpr std::int64_t kNewsSleep = 200'000'000, kLongestNewsSleep = 500'000'000;
+  std::int64_t news_sleep_ns_ = kNewsSleep;
+  std::uint64_t housekeeping_at_ = 0;  // between two passes
   std::int64_t pass_sleep_ns_ = 0;
   std::int64_t pass_cpu_ns_ = 0;    // of the last whole pass: of its steps, not of commands and news in between
   std::int64_t steps_cpu_ns_ = 0;   // of the present one, so far

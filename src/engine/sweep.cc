@@ -10,7 +10,7 @@ namespace ksmu::engine {
 namespace {
 constexpr std::size_t kChunkBytes = std::size_t{8} << 20;  // what a command waits for, and PAGEMAP_SCAN holds mmap_lock for reading
 constexpr std::uint32_t kAuditEvery = 64;                   // passes
-constexpr std::uint32_t kTrimPasses = 16;                   // from one trimming of the index to the next
+constexpr std::uint32_t kTrimPasses = 64;                   // from one trimming of the index to the next
 constexpr std::uint8_t kMaxBackoff = 4;
 constexpr std::size_t kQuietBytes = std::size_t{256} << 20;
 constexpr std::uint32_t kLookPasses = 64;                   // and kLookNs, whichever is later
@@ -107,14 +107,14 @@ Engine::StepResult Engine::Step() {
     cursor_ = 0;
     const std::uint64_t now = system_.NowNanoseconds();
     CountPass(now);
-    if (pass_ - trim_pass_ >= kTrimPasses) trim_pass_ = pass_, index_.Trim();
+    if (pass_ - trim_pass_ >= kTrimPasses) TrimIndex();
     if (!skip_cold_) cold_pass_ = pass_, cold_at_ = now;
     skip_cold_ = tunables_.smart_scan.load(std::memory_order_relaxed) && pass_ - cold_pass_ < kColdPasses - 1 &&
                  now - cold_at_ < kColdNs;
     if (looking_) look_pass_ = pass_, look_at_ = now;
     looking_ = pass_ - look_pass_ >= kLookPasses && now - look_at_ >= kLookNs;
     Add(counters_.full_scans, 1);
-    if (now >= mappings_due_ || MappingsNow() > max_mappings_ / 2) mappings_at_pass_ = 0;
+    mappings_at_pass_ = 0;
     pins_known_ = references_known_ = false;
     return result;
   }
@@ -533,14 +533,17 @@ void Engine::ConfirmBreaks(Span span) {
 void Engine::Audit(const Region& region) {
   Address at = region.start;
   bool covers = false;
+  std::uint64_t patient_until = 0;  // for all of it together: somebody may discard without a pause
   while (at < region.end) {
     os::Mapping mapping;
     const int error = system_.QueryMapping(at, &mapping);
     if (error && error != -ENOENT) return;  // refused: that is not to be taken for a hole
     const bool found = error == 0;
-    // What is not as it was may have been moved: that is followed, not forgotten.
-    const auto moved = [this] {
-      AwaitForks(Patience());
+    // What is not as it was may have been moved: that is followed, not forgotten. A move that this look has seen has raised its event.
+    bool awaited = false;
+    const auto moved = [&] {
+      if (!patient_until) patient_until = Patience();
+      if (!std::exchange(awaited, true)) AwaitForks(patient_until);
       return move_count_.load(std::memory_order_acquire) || lost_moves_.load(std::memory_order_relaxed);
     };
     const Address start = found ? std::max(mapping.start, at) : region.end;

@@ -19,16 +19,19 @@ constexpr std::uint32_t kFirst = kTunable_advisor_mode, kLast = kTunable_run;
 // True: there is more to be done, at once.
 bool Runtime::TendWishes() {
   if (settings_.run.load(std::memory_order_relaxed) != 2) StopUnmerging(0);
-  if (source_) TakeWishes();
+  if (source_ && TakeWishes()) {
+    engine_->HearNews();  // the answer goes out with it: an operator waits
+    news_sleep_ns_ = kNewsSleep;
+  }
   if (telling_.active && source_) TellRegions();
   else telling_.active = false;
   if (unmerging_ == EINPROGRESS) UnmergePortion();
   return telling_.active || unmerging_ == EINPROGRESS;
 }
 
-void Runtime::TakeWishes() {
+bool Runtime::TakeWishes() {
   frames::Source::Wishes wishes;
-  if (!options_.steward.set || !source_->TakeWishes(&wishes)) return;
+  if (!options_.steward.set || !source_->TakeWishes(&wishes)) return false;
   const auto set = [&](std::uint32_t tunable) {
     if (!(wishes.tunables >> tunable & 1)) return;
     const int error = options_.steward.set(*this, tunable, wishes.values[tunable], wishes.yielding >> tunable & 1);
@@ -47,6 +50,7 @@ void Runtime::TakeWishes() {
   }
   // Before the answer goes out, and in place of what was to be told from before it: whoever has the answer finds it done.
   TellDomain(system_->NowNanoseconds());
+  return true;
 }
 
 // 0: nothing of that kind is under way.

@@ -39,8 +39,8 @@ std::size_t Index::Wanted() const {
 
 bool Index::Grow() { return Rebuild(Wanted()); }
 
-void Index::Trim() {
-  if (!slots_ || mask_ + 1 <= kFewest) return;
+void Index::Trim(std::size_t most) {
+  if (!slots_ || mask_ < kFewest || std::bit_ceil((most + 1) * 2) > mask_) return;
   if (const std::size_t wanted = Wanted(); wanted <= mask_) Rebuild(wanted);
 }
 

@@ -48,7 +48,8 @@ class Index {
   using HashOf = bool (*)(void* cookie, const Entry&, std::uint32_t* hash);
   void SetHashOf(HashOf hash_of, void* cookie) { hash_of_ = hash_of, cookie_ = cookie; }
   bool Insert(std::uint32_t hash, const Entry& entry);  // false: no memory
-  void Trim();  // gives back what it does not need any more
+  // Gives back what it does not need any more. `most`: so many entries are alive at most.
+  void Trim(std::size_t most);
   void Clear();
   std::size_t size() const { return live_; }
   std::size_t metadata_bytes() const { return slots_ ? (mask_ + 1) * sizeof(std::uint64_t) : 0; }
