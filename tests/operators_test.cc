@@ -498,7 +498,7 @@ TEST_F(Tuned, WhoJoinsMaySpendMoreForAWhile) {
   EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}}));
   // Two minutes in which nothing happens.
   for (int i = 0; i < 120; ++i) Pass(1000);
-  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 2}, {engine::kTunable_sleep_millisecs, 1000}}));
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 2}, {engine::kTunable_pages_to_scan, 1000}, {engine::kTunable_sleep_millisecs, 1000}}));
 }
 
 TEST_F(Tuned, AProgramsOwnWishIsLeftAlone) {
@@ -516,7 +516,7 @@ TEST_F(Tuned, AProgramsOwnWishIsLeftAlone) {
   EXPECT_EQ(Told(own), TunedValues{});
   EXPECT_EQ(Told(later, EEXIST), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}}));
   for (int i = 0; i < 120; ++i) Pass(1000);
-  for (const ConnId conn : {own, later}) EXPECT_EQ(Told(conn), (TunedValues{{engine::kTunable_sleep_millisecs, 1000}}));
+  for (const ConnId conn : {own, later}) EXPECT_EQ(Told(conn), (TunedValues{{engine::kTunable_pages_to_scan, 1000}, {engine::kTunable_sleep_millisecs, 1000}}));
 }
 
 // A report can have been made before what was told just now, and come after the answer: that says nothing of anybody's wishes.
@@ -546,6 +546,57 @@ TEST_F(Tuned, AnOperatorsWishDoesNotYield) {
   EXPECT_EQ(in_.done.refused, 0u);
 }
 
+// Batches are for idle members alone.
+TEST_F(Tuned, IdleMembersReadInBatchesUntilItEnds) {
+  const ConnId member = Join(default_, kOwner, 50);
+  Report(member);
+  for (int i = 0; i < 120; ++i) {
+    Pass(1000);
+    Told(member);
+  }
+  const TunedValues idle = {{engine::kTunable_cpu_limit_percent, 2}, {engine::kTunable_pages_to_scan, 1000}, {engine::kTunable_sleep_millisecs, 1000}};
+  Report(member, idle);
+  const ConnId op = Operate(default_, kOwner);
+  EXPECT_EQ(TunerOf(op), 1 + static_cast<std::uint32_t>(Tuner::State::kIdle));
+  for (const auto& [tunable, value] : idle) EXPECT_EQ(in_.domains[0].tunables[tunable], value);
+  const ConnId other = Join(default_, kOwner, 51);
+  Report(other);
+  Pass(1000);
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 50}, {engine::kTunable_pages_to_scan, 0}, {engine::kTunable_sleep_millisecs, 20}}));
+  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_cpu_limit_percent, 50}}));
+}
+
+// pages_to_scan is the advisor's where that is on, and 0 when it has been.
+TEST_F(Tuned, AMembersAdvisorHasItsPagesToScan) {
+  const ConnId member = Join(default_, kOwner, 50), op = Operate(default_, kOwner);
+  const auto pass = [&](int seconds) {
+    TunedValues told;
+    for (int i = 0; i < seconds; ++i) {
+      Pass(1000);
+      for (const auto& [tunable, value] : Told(member)) told[tunable] = value;
+    }
+    return told;
+  };
+  const auto set_advisor = [&](std::int64_t mode) {
+    AskToSet(op, engine::kTunable_advisor_mode, mode, 50);
+    EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_advisor_mode, mode}}));
+    Pass(10);
+    EXPECT_TRUE(Hear(op) && in_.kind() == Kind::kSetDone);
+  };
+  Report(member);
+  EXPECT_EQ(pass(120).count(engine::kTunable_pages_to_scan), 1u);
+  // It is idle, and stays so.
+  set_advisor(1);
+  // The report that says so is late: it is told, refuses, and is asked no more.
+  Pass(1000);
+  EXPECT_EQ(Told(member, EINVAL), (TunedValues{{engine::kTunable_pages_to_scan, 1000}}));
+  Report(member, {{engine::kTunable_advisor_mode, 1}});
+  EXPECT_EQ(pass(60), TunedValues{});
+  set_advisor(0);
+  Report(member);
+  EXPECT_EQ(pass(5), (TunedValues{{engine::kTunable_pages_to_scan, 1000}}));
+}
+
 TEST_F(Tuned, AnOperatorEndsIt) {
   const ConnId member = Join(default_, kOwner, 50), other = Join(default_, kOwner, 51), op = Operate(default_, kOwner);
   for (const ConnId conn : {member, other}) Report(conn);
@@ -562,8 +613,8 @@ TEST_F(Tuned, AnOperatorEndsIt) {
   EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}}));
   EXPECT_EQ(Told(other), TunedValues{});
   for (int i = 0; i < 120; ++i) Pass(1000);
-  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 2}, {engine::kTunable_sleep_millisecs, 1000}}));
-  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_sleep_millisecs, 1000}}));
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 2}, {engine::kTunable_pages_to_scan, 1000}, {engine::kTunable_sleep_millisecs, 1000}}));
+  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_pages_to_scan, 1000}, {engine::kTunable_sleep_millisecs, 1000}}));
   // Something that is none of its business.
   AskToSet(op, engine::kTunable_smart_scan, 0);
   for (const ConnId conn : {member, other}) EXPECT_EQ(Told(conn), (TunedValues{{engine::kTunable_smart_scan, 0}}));
@@ -572,8 +623,8 @@ TEST_F(Tuned, AnOperatorEndsIt) {
   EXPECT_NE(TunerOf(op), 0u);
   // For the domain: all of it is taken back, but what is set.
   AskToSet(op, engine::kTunable_sleep_millisecs, 77);
-  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}, {engine::kTunable_sleep_millisecs, 77}}));
-  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_sleep_millisecs, 77}}));
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}, {engine::kTunable_pages_to_scan, 0}, {engine::kTunable_sleep_millisecs, 77}}));
+  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_pages_to_scan, 0}, {engine::kTunable_sleep_millisecs, 77}}));
   Pass(10);
   ASSERT_TRUE(Hear(op));
   EXPECT_EQ(TunerOf(op), 0u);

@@ -290,7 +290,10 @@ std::uint32_t Server::Note(Scope& scope, Connection* one, std::uint32_t tunable,
   if (one) one->own->by_tuner &= ~(1u << tunable);
   versions[tunable] = version;
   // As KSM: whatever the mode, it begins anew.
-  if (tunable == engine::kTunable_advisor_mode) versions[engine::kTunable_pages_to_scan] = 0;
+  if (tunable == engine::kTunable_advisor_mode) {
+    versions[engine::kTunable_pages_to_scan] = 0;
+    if (one) one->tuned &= ~(1u << engine::kTunable_pages_to_scan);
+  }
   if (one) {
     QueueTelling(*one);
   } else if (Home* const home = HomeOf(scope)) {
@@ -426,6 +429,8 @@ const char* Server::NoteTuned(Connection& conn) {
     conn.errors[tunable] = static_cast<std::uint16_t>(error);
     // Its program's own wish.
     if (error == EEXIST && conn.own && (conn.own->by_tuner >> tunable & 1)) conn.not_tuned |= 1u << tunable;
+    // Its advisor, which the last report did not know of: it has set 0, and nothing else is there to be taken back.
+    if (error == EINVAL && tunable == engine::kTunable_pages_to_scan) conn.tuned &= ~(1u << tunable);
   }
   conn.answered = conn.told;
   QueueTelling(conn);
