@@ -197,7 +197,8 @@ struct ksmu_options {
   uint32_t flags;     /* KSMU_START_* */
   /*
    * The socket of a broker (ksmud), whose domain this process joins: it shares frames with the other members. NULL: KSMU_BROKER;
-   * without that the default socket, $XDG_RUNTIME_DIR/ksmu/default.sock or /run/ksmu/default.sock, if a broker listens there.
+   * without that the default socket, $XDG_RUNTIME_DIR/ksmu/default.sock or /run/ksmu/default.sock, if a broker listens there. A
+   * directory that is not the effective user's is not looked into.
    * "none": no broker. No broker that may be joined is no error: merging goes on in this process alone, log says why, and it is
    * tried again.
    */
