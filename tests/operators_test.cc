@@ -450,6 +450,60 @@ TEST_F(Operators, WhoTakesNoAnswersIsDropped) {
   EXPECT_NE(box_.dropped[more], "");
 }
 
+// Each is told what was made of its own wish, also when another's has been answered before all have answered to it.
+class TwoWishes : public Operators {
+ protected:
+  // One of two members is asked by both operators before the other has answered to the first.
+  void Try(std::uint32_t first_error, std::uint32_t second_error) {
+    const ConnId quick = Join(default_, kOwner, 50), slow = Join(default_, kOwner, 51), one = Operate(default_, kOwner), two = Operate(default_, kOwner);
+    const auto answer = [&](ConnId member, std::int64_t value, std::uint32_t error) {
+      const auto told = HearMember(member);
+      ASSERT_EQ(told->header.kind, wire::Kind::kTune);
+      ASSERT_EQ(told->tune[0].value, value);
+      AnswerTuned(member, *told, error);
+    };
+    const auto is_done = [&](ConnId op, bool refused) {
+      Pass(10);
+      ASSERT_TRUE(Hear(op) && in_.kind() == Kind::kSetDone);
+      EXPECT_EQ(in_.done.done, refused ? 1u : 2u);
+      EXPECT_EQ(in_.done.refused, refused ? 1u : 0u);
+      EXPECT_EQ(in_.done.silent, 0u);
+    };
+    AskToSet(one, engine::kTunable_remerge_seconds, 70);
+    answer(quick, 70, first_error);
+    AskToSet(two, engine::kTunable_remerge_seconds, 71);
+    answer(quick, 71, second_error);
+    answer(slow, 70, 0);
+    is_done(one, first_error != 0);
+    answer(slow, 71, 0);
+    is_done(two, second_error != 0);
+  }
+};
+TEST_F(TwoWishes, ARefusalStaysOne) { Try(EBUSY, 0); }
+TEST_F(TwoWishes, AnothersRefusalIsNone) { Try(0, EBUSY); }
+
+// What is set for a process is set in all of its connections, and in nobody else's.
+TEST_F(Operators, AProcessCanHaveMoreConnectionsThanOne) {
+  const ConnId old = Join(default_, kOwner, 50), other = Join(default_, kOwner, 51), now = Join(default_, kOwner, 50), op = Operate(default_, kOwner);
+  AskToSet(op, engine::kTunable_smart_scan, 0, 50);
+  for (const ConnId member : {old, now}) {
+    EXPECT_FALSE(Hear(op)) << "answered before all have";
+    const auto told = HearMember(member);
+    ASSERT_EQ(told->header.kind, wire::Kind::kTune);
+    EXPECT_EQ(told->tune[0].tunable, engine::kTunable_smart_scan);
+    AnswerTuned(member, *told, 0);
+    Pass(10);
+  }
+  EXPECT_NE(HearMember(other)->header.kind, wire::Kind::kTune);
+  ASSERT_TRUE(Hear(op) && in_.kind() == Kind::kSetDone);
+  EXPECT_EQ(in_.done.done, 2u);
+  EXPECT_EQ(in_.done.silent, 0u);
+  // Of an earlier one the process may know nothing any more.
+  AskToExplain(op, 50);
+  EXPECT_NE(HearMember(old)->header.kind, wire::Kind::kAsk);
+  EXPECT_EQ(HearMember(now)->header.kind, wire::Kind::kAsk);
+}
+
 // With a tuner, on a machine that has memory enough.
 class Tuned : public Operators {
  protected:
