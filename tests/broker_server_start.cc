@@ -11,7 +11,10 @@
 #include <csignal>
 #include <cstring>
 #include <fstream>
+#include <string>
+#include <vector>
 
+#include "broker/door.h"
 #include "broker_server_process.h"
 
 namespace ksmu::broker::test {
@@ -201,9 +204,39 @@ TEST_F(KsmudStart, TheDefaultPlaceIsMade) {
     EXPECT_TRUE(Client(directory_ / "ksmu/default.sock").Join());
     EXPECT_EQ(broker.Stop(), 0);
   }
+  // Somebody else's is nobody's.
+  if (geteuid() == 0) {
+    Broker::Setup other = setup;
+    other.before = BecomeNobody;
+    ASSERT_EQ(chmod(directory_.path().c_str(), 0777), 0);
+    ExpectEnd(other, kFailed, "is no directory of this user");
+    EXPECT_FALSE(Exists(directory_ / "ksmu/default.sock"));
+  }
   // Where others could put a socket in the place of its own, it does not go.
   ASSERT_EQ(chmod((directory_ / "ksmu").c_str(), 0777), 0);
   ExpectEnd(setup, kFailed, "only its owner can write to");
+}
+
+// As after `sudo -E`: members and operators are led to the broker of who they are, not of who has called them.
+TEST(DefaultSocket, ARuntimeDirectoryCountsForItsOwner) {
+  const TempDir directory;
+  std::ofstream(directory / "file") << "none\n";
+  const auto paths = [](const std::string& runtime, const char* broker = nullptr) {
+    BrokerDoor door;
+    EXPECT_EQ(door.Choose(broker, "web", runtime.empty() ? nullptr : runtime.c_str()), nullptr);
+    return std::vector<std::string>{door.path(0), door.path(1)};
+  };
+  const std::vector<std::string> own = {directory / "ksmu/web.sock", "/run/ksmu/web.sock"}, none = {"/run/ksmu/web.sock", ""};
+  EXPECT_EQ(paths(directory.path()), own);
+  for (const std::string& other : {std::string(), directory / "nowhere", directory / "file", std::string("tmp")}) EXPECT_EQ(paths(other), none) << other;
+  if (geteuid() == 0) {
+    ASSERT_EQ(chown(directory.path().c_str(), kNobody, kNobody), 0);
+    EXPECT_EQ(paths(directory.path()), none);
+  } else {
+    EXPECT_EQ(paths("/"), none);
+  }
+  // What is named is what is meant.
+  EXPECT_EQ(paths(directory.path(), (directory / "x.sock").c_str()), (std::vector<std::string>{directory / "web.sock", ""}));
 }
 
 // As a user without rights: what it does with its own /proc/self/fd has to work there, too.

@@ -258,6 +258,28 @@ KSMU_ISOLATED_TEST(Pacing, PassesComeAsTheyPay, 90) {
   ASSERT_TRUE(PagesAre(memory, seed));
 }
 
+// So many pages a batch, so many batches a second; also where a step of the scanner reads many batches at once.
+KSMU_ISOLATED_TEST(Pacing, BatchesBoundWhatIsReadInASecond, 60) {
+  constexpr std::int64_t kPages = 16'384, kStep = 2048;
+  Memory memory(kPages);
+  FillPages(memory, Unique);
+  ASSERT_EQ(madvise(memory.data(), memory.bytes(), MADV_NOHUGEPAGE), 0);
+  Set("cpu_limit_percent", 0);
+  Set("pages_to_scan", 100);
+  ASSERT_OK(ksmu_advise(memory.data(), memory.bytes(), KSMU_MERGEABLE));
+  ASSERT_TRUE(WaitUntil([] { return Get("pages_scanned") > 0; }, 20)) << Text(ReadStats());
+  const double begun = Now();
+  SleepSeconds(1.5);
+  const std::int64_t read = Get("pages_scanned");
+  // 50 batches a second: that of the first step and of one more may be before their sleep.
+  const auto most = static_cast<std::int64_t>((Now() - begun) * 50 * 100) + 2 * kStep;
+  EXPECT_LE(read, most) << Text(ReadStats());
+  EXPECT_GE(read, kStep / 2) << Text(ReadStats());
+  // And no longer than it is set.
+  Set("pages_to_scan", 0);
+  EXPECT_TRUE(WaitUntil([] { return Get("pages_scanned") >= kPages; }, 10)) << Text(ReadStats());
+}
+
 // KSM's advisor: pages_to_scan follows what is tracked.
 KSMU_ISOLATED_TEST(Pacing, ScanTimeAdvisor, 60) {
   Memory memory(20'000);

@@ -450,6 +450,60 @@ TEST_F(Operators, WhoTakesNoAnswersIsDropped) {
   EXPECT_NE(box_.dropped[more], "");
 }
 
+// Each is told what was made of its own wish, also when another's has been answered before all have answered to it.
+class TwoWishes : public Operators {
+ protected:
+  // One of two members is asked by both operators before the other has answered to the first.
+  void Try(std::uint32_t first_error, std::uint32_t second_error) {
+    const ConnId quick = Join(default_, kOwner, 50), slow = Join(default_, kOwner, 51), one = Operate(default_, kOwner), two = Operate(default_, kOwner);
+    const auto answer = [&](ConnId member, std::int64_t value, std::uint32_t error) {
+      const auto told = HearMember(member);
+      ASSERT_EQ(told->header.kind, wire::Kind::kTune);
+      ASSERT_EQ(told->tune[0].value, value);
+      AnswerTuned(member, *told, error);
+    };
+    const auto is_done = [&](ConnId op, bool refused) {
+      Pass(10);
+      ASSERT_TRUE(Hear(op) && in_.kind() == Kind::kSetDone);
+      EXPECT_EQ(in_.done.done, refused ? 1u : 2u);
+      EXPECT_EQ(in_.done.refused, refused ? 1u : 0u);
+      EXPECT_EQ(in_.done.silent, 0u);
+    };
+    AskToSet(one, engine::kTunable_remerge_seconds, 70);
+    answer(quick, 70, first_error);
+    AskToSet(two, engine::kTunable_remerge_seconds, 71);
+    answer(quick, 71, second_error);
+    answer(slow, 70, 0);
+    is_done(one, first_error != 0);
+    answer(slow, 71, 0);
+    is_done(two, second_error != 0);
+  }
+};
+TEST_F(TwoWishes, ARefusalStaysOne) { Try(EBUSY, 0); }
+TEST_F(TwoWishes, AnothersRefusalIsNone) { Try(0, EBUSY); }
+
+// What is set for a process is set in all of its connections, and in nobody else's.
+TEST_F(Operators, AProcessCanHaveMoreConnectionsThanOne) {
+  const ConnId old = Join(default_, kOwner, 50), other = Join(default_, kOwner, 51), now = Join(default_, kOwner, 50), op = Operate(default_, kOwner);
+  AskToSet(op, engine::kTunable_smart_scan, 0, 50);
+  for (const ConnId member : {old, now}) {
+    EXPECT_FALSE(Hear(op)) << "answered before all have";
+    const auto told = HearMember(member);
+    ASSERT_EQ(told->header.kind, wire::Kind::kTune);
+    EXPECT_EQ(told->tune[0].tunable, engine::kTunable_smart_scan);
+    AnswerTuned(member, *told, 0);
+    Pass(10);
+  }
+  EXPECT_NE(HearMember(other)->header.kind, wire::Kind::kTune);
+  ASSERT_TRUE(Hear(op) && in_.kind() == Kind::kSetDone);
+  EXPECT_EQ(in_.done.done, 2u);
+  EXPECT_EQ(in_.done.silent, 0u);
+  // Of an earlier one the process may know nothing any more.
+  AskToExplain(op, 50);
+  EXPECT_NE(HearMember(old)->header.kind, wire::Kind::kAsk);
+  EXPECT_EQ(HearMember(now)->header.kind, wire::Kind::kAsk);
+}
+
 // With a tuner, on a machine that has memory enough.
 class Tuned : public Operators {
  protected:
@@ -498,7 +552,7 @@ TEST_F(Tuned, WhoJoinsMaySpendMoreForAWhile) {
   EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}}));
   // Two minutes in which nothing happens.
   for (int i = 0; i < 120; ++i) Pass(1000);
-  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 2}, {engine::kTunable_sleep_millisecs, 1000}}));
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 2}, {engine::kTunable_pages_to_scan, 1000}, {engine::kTunable_sleep_millisecs, 1000}}));
 }
 
 TEST_F(Tuned, AProgramsOwnWishIsLeftAlone) {
@@ -516,7 +570,7 @@ TEST_F(Tuned, AProgramsOwnWishIsLeftAlone) {
   EXPECT_EQ(Told(own), TunedValues{});
   EXPECT_EQ(Told(later, EEXIST), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}}));
   for (int i = 0; i < 120; ++i) Pass(1000);
-  for (const ConnId conn : {own, later}) EXPECT_EQ(Told(conn), (TunedValues{{engine::kTunable_sleep_millisecs, 1000}}));
+  for (const ConnId conn : {own, later}) EXPECT_EQ(Told(conn), (TunedValues{{engine::kTunable_pages_to_scan, 1000}, {engine::kTunable_sleep_millisecs, 1000}}));
 }
 
 // A report can have been made before what was told just now, and come after the answer: that says nothing of anybody's wishes.
@@ -546,6 +600,57 @@ TEST_F(Tuned, AnOperatorsWishDoesNotYield) {
   EXPECT_EQ(in_.done.refused, 0u);
 }
 
+// Batches are for idle members alone.
+TEST_F(Tuned, IdleMembersReadInBatchesUntilItEnds) {
+  const ConnId member = Join(default_, kOwner, 50);
+  Report(member);
+  for (int i = 0; i < 120; ++i) {
+    Pass(1000);
+    Told(member);
+  }
+  const TunedValues idle = {{engine::kTunable_cpu_limit_percent, 2}, {engine::kTunable_pages_to_scan, 1000}, {engine::kTunable_sleep_millisecs, 1000}};
+  Report(member, idle);
+  const ConnId op = Operate(default_, kOwner);
+  EXPECT_EQ(TunerOf(op), 1 + static_cast<std::uint32_t>(Tuner::State::kIdle));
+  for (const auto& [tunable, value] : idle) EXPECT_EQ(in_.domains[0].tunables[tunable], value);
+  const ConnId other = Join(default_, kOwner, 51);
+  Report(other);
+  Pass(1000);
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 50}, {engine::kTunable_pages_to_scan, 0}, {engine::kTunable_sleep_millisecs, 20}}));
+  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_cpu_limit_percent, 50}}));
+}
+
+// pages_to_scan is the advisor's where that is on, and 0 when it has been.
+TEST_F(Tuned, AMembersAdvisorHasItsPagesToScan) {
+  const ConnId member = Join(default_, kOwner, 50), op = Operate(default_, kOwner);
+  const auto pass = [&](int seconds) {
+    TunedValues told;
+    for (int i = 0; i < seconds; ++i) {
+      Pass(1000);
+      for (const auto& [tunable, value] : Told(member)) told[tunable] = value;
+    }
+    return told;
+  };
+  const auto set_advisor = [&](std::int64_t mode) {
+    AskToSet(op, engine::kTunable_advisor_mode, mode, 50);
+    EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_advisor_mode, mode}}));
+    Pass(10);
+    EXPECT_TRUE(Hear(op) && in_.kind() == Kind::kSetDone);
+  };
+  Report(member);
+  EXPECT_EQ(pass(120).count(engine::kTunable_pages_to_scan), 1u);
+  // It is idle, and stays so.
+  set_advisor(1);
+  // The report that says so is late: it is told, refuses, and is asked no more.
+  Pass(1000);
+  EXPECT_EQ(Told(member, EINVAL), (TunedValues{{engine::kTunable_pages_to_scan, 1000}}));
+  Report(member, {{engine::kTunable_advisor_mode, 1}});
+  EXPECT_EQ(pass(60), TunedValues{});
+  set_advisor(0);
+  Report(member);
+  EXPECT_EQ(pass(5), (TunedValues{{engine::kTunable_pages_to_scan, 1000}}));
+}
+
 TEST_F(Tuned, AnOperatorEndsIt) {
   const ConnId member = Join(default_, kOwner, 50), other = Join(default_, kOwner, 51), op = Operate(default_, kOwner);
   for (const ConnId conn : {member, other}) Report(conn);
@@ -562,8 +667,8 @@ TEST_F(Tuned, AnOperatorEndsIt) {
   EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}}));
   EXPECT_EQ(Told(other), TunedValues{});
   for (int i = 0; i < 120; ++i) Pass(1000);
-  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 2}, {engine::kTunable_sleep_millisecs, 1000}}));
-  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_sleep_millisecs, 1000}}));
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 2}, {engine::kTunable_pages_to_scan, 1000}, {engine::kTunable_sleep_millisecs, 1000}}));
+  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_pages_to_scan, 1000}, {engine::kTunable_sleep_millisecs, 1000}}));
   // Something that is none of its business.
   AskToSet(op, engine::kTunable_smart_scan, 0);
   for (const ConnId conn : {member, other}) EXPECT_EQ(Told(conn), (TunedValues{{engine::kTunable_smart_scan, 0}}));
@@ -572,8 +677,8 @@ TEST_F(Tuned, AnOperatorEndsIt) {
   EXPECT_NE(TunerOf(op), 0u);
   // For the domain: all of it is taken back, but what is set.
   AskToSet(op, engine::kTunable_sleep_millisecs, 77);
-  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}, {engine::kTunable_sleep_millisecs, 77}}));
-  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_sleep_millisecs, 77}}));
+  EXPECT_EQ(Told(member), (TunedValues{{engine::kTunable_cpu_limit_percent, 10}, {engine::kTunable_pages_to_scan, 0}, {engine::kTunable_sleep_millisecs, 77}}));
+  EXPECT_EQ(Told(other), (TunedValues{{engine::kTunable_pages_to_scan, 0}, {engine::kTunable_sleep_millisecs, 77}}));
   Pass(10);
   ASSERT_TRUE(Hear(op));
   EXPECT_EQ(TunerOf(op), 0u);

@@ -13,9 +13,9 @@
 namespace ksmu::broker {
 namespace {
 
-void ExpectValues(const Tuner::Plan& plan, std::int64_t run, std::int64_t sleep, std::int64_t cpu) {
+void ExpectValues(const Tuner::Plan& plan, std::int64_t run, std::int64_t pages, std::int64_t sleep, std::int64_t cpu) {
   EXPECT_EQ(plan.run, run) << plan.reason();
-  EXPECT_EQ(plan.pages_to_scan, 0) << plan.reason();
+  EXPECT_EQ(plan.pages_to_scan, pages) << plan.reason();
   EXPECT_EQ(plan.sleep_millisecs, sleep) << plan.reason();
   EXPECT_EQ(plan.cpu_limit_percent, cpu) << plan.reason();
 }
@@ -47,20 +47,20 @@ TEST(TunerPlan, EveryStateHasValuesWithinBounds) {
   fleet.Join();
   fleet.Look();
   check();
-  ExpectValues(fleet.tuner.plan(), 1, 20, 50);
+  ExpectValues(fleet.tuner.plan(), 1, 0, 20, 50);
   ASSERT_NE(fleet.Until(State::kCalm, kMinute), ~std::uint64_t{0});
   check();
-  ExpectValues(fleet.tuner.plan(), 1, 20, 10);
+  ExpectValues(fleet.tuner.plan(), 1, 0, 20, 10);
   ASSERT_NE(fleet.Until(State::kIdle, kHour), ~std::uint64_t{0});
   check();
-  ExpectValues(fleet.tuner.plan(), 1, 1000, 2);
+  ExpectValues(fleet.tuner.plan(), 1, 1000, 1000, 2);
   ASSERT_NE(fleet.Until(State::kResting, kHour), ~std::uint64_t{0});
   check();
-  ExpectValues(fleet.tuner.plan(), 0, 1000, 2);
+  ExpectValues(fleet.tuner.plan(), 0, 0, 1000, 2);
   fleet.pressure = Memory(10);
   fleet.Look();
   check();
-  ExpectValues(fleet.tuner.plan(), 1, 20, 30);
+  ExpectValues(fleet.tuner.plan(), 1, 0, 20, 30);
   EXPECT_EQ(words, (std::vector<std::string>{"joined", "calm", "idle", "resting", "pressed"}));
 }
 
@@ -98,10 +98,10 @@ TEST(TunerPlan, ABudgetIsReckonedAnewWhenMembersHaveDoubled) {
   ASSERT_NE(fleet.Until(State::kCalm, kMinute), ~std::uint64_t{0});
   fleet.seen.members *= 4;
   EXPECT_EQ(fleet.Look(), State::kCalm);
-  ExpectValues(fleet.tuner.plan(), 1, 20, 6);
+  ExpectValues(fleet.tuner.plan(), 1, 0, 20, 6);
   fleet.seen.members /= 4;
   fleet.Look();
-  ExpectValues(fleet.tuner.plan(), 1, 20, 10);
+  ExpectValues(fleet.tuner.plan(), 1, 0, 20, 10);
 }
 
 // --- joined ----------------------------------------------------------------------------------------------------------
@@ -451,6 +451,26 @@ TEST(TunerIdle, SmallDomainsCountInMegabytes) {
   EXPECT_EQ(fleet.Look(), State::kCalm);
 }
 
+// Idle members read so little that a share of much memory would be more than they can show.
+TEST(TunerIdle, LargeMembersWakeByWhatTheyCanRead) {
+  const auto wakes_after = [](std::size_t members) {
+    Fleet fleet;
+    fleet.seen.pages_tracked = 64 * kTracked;
+    fleet.Join(members - 1);
+    fleet.GoIdle();
+    const std::int64_t a_second = fleet.tuner.plan().pages_to_scan * static_cast<std::int64_t>(members);
+    for (int second = 1; second <= 60; ++second) {
+      fleet.seen.pages_saved += a_second;
+      if (fleet.Look() == State::kCalm) return second;
+    }
+    return 0;
+  };
+  EXPECT_EQ(wakes_after(1), 30);
+  EXPECT_EQ(wakes_after(4), 30);
+  // Where there are many a share of all is the less.
+  EXPECT_EQ(wakes_after(64), 9);
+}
+
 TEST(TunerIdle, CalmLastsTwiceAsLongWhereIdleDoesNotLast) {
   Fleet fleet;
   fleet.GoIdle();
@@ -476,7 +496,7 @@ TEST(TunerResting, ProbesForTenSecondsEveryFiveMinutes) {
   EXPECT_EQ(fleet.tuner.plan().run, 0);
   for (int second = 1; second < 3 * 310; ++second) {
     ASSERT_EQ(fleet.Look(), State::kResting);
-    ExpectValues(fleet.tuner.plan(), second % 310 >= 300, 1000, 2);
+    ExpectValues(fleet.tuner.plan(), second % 310 >= 300, 0, 1000, 2);
   }
 }
 

@@ -197,7 +197,8 @@ struct ksmu_options {
   uint32_t flags;     /* KSMU_START_* */
   /*
    * The socket of a broker (ksmud), whose domain this process joins: it shares frames with the other members. NULL: KSMU_BROKER;
-   * without that the default socket, $XDG_RUNTIME_DIR/ksmu/default.sock or /run/ksmu/default.sock, if a broker listens there.
+   * without that the default socket, $XDG_RUNTIME_DIR/ksmu/default.sock or /run/ksmu/default.sock, if a broker listens there. A
+   * directory that is not the effective user's is not looked into.
    * "none": no broker. No broker that may be joined is no error: merging goes on in this process alone, log says why, and it is
    * tried again.
    */
@@ -443,7 +444,8 @@ KSMU_API int ksmu_get(const char *name, int64_t *value);
  *   run                1       0, 1, 2   0: stop scanning, keep what is merged; the call returns when nothing is being
  *                                        merged any more, but by ksmu_merge. 1: scan. 2: stop and unmerge all;
  *                                        regions stay regions; the call returns when all is unmerged
- *   pages_to_scan      0       0 ..      pages read in a batch; 0: as many as cpu_limit_percent allows
+ *   pages_to_scan      0       0 ..      pages read in a batch; 0: as many as cpu_limit_percent allows. Up to 8 MiB are read at a
+ *                                        time; where that is many batches, their sleeps come as one
  *   sleep_millisecs    20      0 ..      sleep between two batches, milliseconds
  *   cpu_limit_percent  10      0 .. 100  CPU time of the scanner, percent of one CPU; 0: no limit. What was not used is saved
  *                                        up, to one second of CPU time: for a process that begins, or new memory

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "broker/member.h"
+#include "os/users.h"
 
 namespace ksmu::broker {
 namespace {
@@ -48,8 +49,8 @@ const char* BrokerDoor::Choose(const char* broker, const char* domain, const cha
     return fits ? nullptr : kTooLong;
   }
   std::size_t n = 0;
-  if (runtime_directory && *runtime_directory == '/') {
-    if (!Join(paths_[n], {runtime_directory, "/ksmu/", name, ".sock"})) return kTooLong;
+  if (const char* const own = os::OwnRuntimeDirectory(runtime_directory)) {
+    if (!Join(paths_[n], {own, "/ksmu/", name, ".sock"})) return kTooLong;
     ++n;
   }
   Join(paths_[n], {"/run/ksmu/", name, ".sock"});

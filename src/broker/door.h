@@ -16,7 +16,8 @@ class BrokerDoor final : public frames::Door {
   static constexpr std::size_t kCandidates = 2;
 
   // By the path of a socket ("none": no domain at all), by the name of a domain, by both (the name's socket in the path's
-  // directory), or by neither: the default domain, if its broker listens. `runtime_directory` is XDG_RUNTIME_DIR, or null.
+  // directory), or by neither: the default domain, if its broker listens. `runtime_directory` is XDG_RUNTIME_DIR, or null;
+  // one that is not this user's is none.
   // Null, or what is wrong with them.
   const char* Choose(const char* broker, const char* domain, const char* runtime_directory);
   bool has_choice() const { return paths_[0][0] != 0; }

@@ -134,13 +134,22 @@ Server::Home* Server::HomeOf(const Scope& scope) const {
   return found == homes_.end() ? nullptr : found->second.get();
 }
 
-Server::Connection* Server::FindMember(const Scope& scope, std::uint32_t pid) const {
+// A process can have more connections than one: by a second copy of the library, or when the end of an earlier one has not been seen yet.
+std::vector<Server::Connection*> Server::FindMembers(const Scope& scope, std::uint32_t pid) const {
+  std::vector<Connection*> found;
   Home* const home = HomeOf(scope);
-  if (!home || pid == 0) return nullptr;
+  if (!home || pid == 0) return found;
   for (Connection* member : home->connected) {
-    if (member && static_cast<std::uint32_t>(member->who.pid) == pid) return member;
+    if (member && static_cast<std::uint32_t>(member->who.pid) == pid) found.push_back(member);
   }
-  return nullptr;
+  return found;
+}
+
+// The one that has joined last.
+Server::Connection* Server::FindMember(const Scope& scope, std::uint32_t pid) const {
+  const std::vector<Connection*> found = FindMembers(scope, pid);
+  const auto latest = std::max_element(found.begin(), found.end(), [](const Connection* a, const Connection* b) { return a->id < b->id; });
+  return latest == found.end() ? nullptr : *latest;
 }
 
 void Server::FillDomain(const Scope& scope, control::DomainEntry* entry) const {
@@ -290,7 +299,10 @@ std::uint32_t Server::Note(Scope& scope, Connection* one, std::uint32_t tunable,
   if (one) one->own->by_tuner &= ~(1u << tunable);
   versions[tunable] = version;
   // As KSM: whatever the mode, it begins anew.
-  if (tunable == engine::kTunable_advisor_mode) versions[engine::kTunable_pages_to_scan] = 0;
+  if (tunable == engine::kTunable_advisor_mode) {
+    versions[engine::kTunable_pages_to_scan] = 0;
+    if (one) one->tuned &= ~(1u << engine::kTunable_pages_to_scan);
+  }
   if (one) {
     QueueTelling(*one);
   } else if (Home* const home = HomeOf(scope)) {
@@ -308,12 +320,12 @@ void Server::SetTunable(Connection& conn) {
   Scope* const scope = all ? nullptr : FindScope(conn, wish.domain);
   if (!conn.op->may_write) return FailOperator(conn, number, EPERM);
   if (!all && !scope) return FailOperator(conn, number, ENOENT);
-  Connection* const one = all ? nullptr : FindMember(*scope, wish.pid);
-  if (wish.pid && !one) return FailOperator(conn, number, ESRCH);
-  if (one && wish.tunable == engine::kTunable_merge_across_nodes) return FailOperator(conn, number, EINVAL);  // the broker's
+  const std::vector<Connection*> ones = all ? std::vector<Connection*>() : FindMembers(*scope, wish.pid);
+  if (wish.pid && ones.empty()) return FailOperator(conn, number, ESRCH);
+  if (wish.pid && wish.tunable == engine::kTunable_merge_across_nodes) return FailOperator(conn, number, EINVAL);  // the broker's
   if (const int error = all ? MaySetForAll(wish.tunable, wish.value) : MaySet(*scope, wish.tunable, wish.value)) return FailOperator(conn, number, error);
   LogMember(Level::kInfo, all ? "(all)" : scope->name, conn.who,
-            "as its operator: " + std::string(kTunableRules[wish.tunable].name) + " is " + std::to_string(wish.value) + (one ? " for member " + std::to_string(wish.pid) : ""));
+            "as its operator: " + std::string(kTunableRules[wish.tunable].name) + " is " + std::to_string(wish.value) + (wish.pid ? " for member " + std::to_string(wish.pid) : ""));
   if (wish.tunable == engine::kTunable_merge_across_nodes) {
     // Members are told when they join.
     if (const int error = KeepNodesApart(wish.value == 0)) return FailOperator(conn, number, error);
@@ -323,12 +335,15 @@ void Server::SetTunable(Connection& conn) {
   op.pid = wish.pid;
   op.tunable = wish.tunable;
   op.versions.clear();
+  op.refused.clear();
   if (all) {
     Note(defaults_, nullptr, wish.tunable, wish.value);
     for (auto& [other, each] : scopes_) op.versions[other] = Note(each, nullptr, wish.tunable, wish.value);
   } else {
     scope->own = true;
-    op.versions[wish.domain] = Note(*scope, one, wish.tunable, wish.value);
+    // Of several the last: none of them is told of less.
+    for (Connection* one : ones) op.versions[wish.domain] = Note(*scope, one, wish.tunable, wish.value);
+    if (!wish.pid) op.versions[wish.domain] = Note(*scope, nullptr, wish.tunable, wish.value);
   }
   if (TendSetting(conn, false)) op.asks = {};
 }
@@ -346,7 +361,8 @@ bool Server::TendSetting(Connection& conn, bool late) {
       if (!member || (op.pid && pid != op.pid)) continue;
       const bool silent = member->answered < version;
       if (silent && !late) return false;
-      const std::uint32_t error = silent ? ETIMEDOUT : member->errors[op.tunable];
+      const auto refusal = op.refused.find(member->id);
+      const std::uint32_t error = silent ? ETIMEDOUT : refusal != op.refused.end() ? refusal->second : 0;
       ++(silent ? done.silent : error ? done.refused : done.done);
       if (error && done.named < control::kMaxFailures) done.failures[done.named++] = {pid, error};
     }
@@ -404,7 +420,6 @@ void Server::TellTunables(Connection& conn) {
     const bool own = conn.own && conn.own->versions[t] > scope.versions[t];
     if ((own ? conn.own->versions[t] : scope.versions[t]) <= conn.told) continue;
     out_.tune[count++] = {t, own ? conn.own->by_tuner >> t & 1 : 0, own ? conn.own->values[t] : scope.values[t]};
-    conn.errors[t] = 0;
   }
   if (count == 0) {
     conn.told = conn.answered = scope.version;
@@ -419,13 +434,25 @@ void Server::TellTunables(Connection& conn) {
   conn.told_at = now_;
 }
 
+// For those who wait for this very answer, and neither for an earlier one nor for a later one about the same tunable.
+void Server::NoteRefusal(const Connection& conn, std::uint32_t tunable, std::uint32_t error) {
+  for (const ConnId id : operators_) {
+    Operator& op = *connections_.at(id)->op;
+    if (op.asks != Kind::kSet || op.tunable != tunable) continue;
+    const auto version = op.versions.find(conn.home->scope->number);
+    if (version != op.versions.end() && version->second > conn.answered && version->second <= conn.told) op.refused[conn.id] = error;
+  }
+}
+
 const char* Server::NoteTuned(Connection& conn) {
   if (in_.header.number != conn.told || conn.answered >= conn.told) return "an answer about tunables that it was not told of";
   for (std::size_t i = 0; i < in_.header.count; ++i) {
     const auto& [tunable, error] = in_.tuned[i];
-    conn.errors[tunable] = static_cast<std::uint16_t>(error);
+    if (error) NoteRefusal(conn, tunable, error);
     // Its program's own wish.
     if (error == EEXIST && conn.own && (conn.own->by_tuner >> tunable & 1)) conn.not_tuned |= 1u << tunable;
+    // Its advisor, which the last report did not know of: it has set 0, and nothing else is there to be taken back.
+    if (error == EINVAL && tunable == engine::kTunable_pages_to_scan) conn.tuned &= ~(1u << tunable);
   }
   conn.answered = conn.told;
   QueueTelling(conn);

@@ -136,6 +136,7 @@ class Server {
     std::uint32_t scope = 0, pid = 0;
     std::uint32_t tunable = 0;
     std::map<std::uint32_t, std::uint32_t> versions;  // kSet: of each domain that it was set for, by number
+    std::map<ConnId, std::uint32_t> refused;          // kSet: by whom, and the errno. Others may set the same meanwhile, with other answers
     std::uint64_t from = 0;                  // kExplain
     ConnId member = 0;                       // that has been asked
   };
@@ -160,7 +161,6 @@ class Server {
     std::uint32_t told = 0, answered = 0;
     std::uint64_t told_at = 0;
     bool to_be_told = false;
-    std::array<std::uint16_t, wire::kTunableSlots> errors{};
     std::unique_ptr<OwnTunables> own;
     // Of its tunables, a bit each: what the tuner has set, to which value; and what it leaves alone, since somebody else has set it.
     std::uint32_t tuned = 0, not_tuned = 0;
@@ -237,6 +237,7 @@ class Server {
   Scope& ScopeFor(const HomeKey& key, const std::string& name);
   void ForgetScope(const HomeKey& key);
   Connection* FindMember(const Scope& scope, std::uint32_t pid) const;
+  std::vector<Connection*> FindMembers(const Scope& scope, std::uint32_t pid) const;
   Home* HomeOf(const Scope& scope) const;
   void FillDomain(const Scope& scope, control::DomainEntry* entry) const;
   void FillMember(const Connection& member, control::MemberEntry* entry) const;
@@ -248,6 +249,7 @@ class Server {
   void QueueTelling(Connection& conn);
   void TellTunables(Connection& conn);
   const char* NoteTuned(Connection& conn);
+  void NoteRefusal(const Connection& conn, std::uint32_t tunable, std::uint32_t error);
   const char* NoteTold(Connection& conn);
 
   const Config config_;

@@ -29,8 +29,12 @@ constexpr std::uint64_t kBarrenFor = 10 * kMinute;
 // While memory is short a page saved is worth ten times what members reckon it to be worth otherwise (0.1 ms, engine/runtime.cc).
 constexpr double kWorthOfPageNs = 1'000'000;
 
-// What counts: one page in so many of those tracked, 0.4 %, or 1 MiB where there are few.
-constexpr std::int64_t kPart = 256, kLeastPages = 256;
+// Of an idle member, a second: it reads 4 MiB of memory at the most, since nothing is to be gained by it. In batches a second apart.
+constexpr std::int64_t kIdlePages = 1000, kIdleSleepMs = 1000;
+
+// What counts: one page in so many of those tracked, 0.4 %, or 1 MiB where there are few. No more than a quarter of what idle members
+// read in a minute, 59 MiB each: they could not show more, and would stay idle.
+constexpr std::int64_t kPart = 256, kLeastPages = 256, kMostPagesAMember = kIdlePages * 60 / 4;
 
 // Twice as long each time that idle has ended within kSoon.
 constexpr std::uint64_t kCalmFor = kMinute, kLongestCalmFor = 16 * kMinute, kSoon = 5 * kMinute;
@@ -51,8 +55,9 @@ constexpr Row kRows[] = {
     {"calm", 1, 0, 20, 10},
     {"joined", 1, 0, 20, 50},
     {"pressed", 1, 0, 20, 30},
-    {"idle", 1, 0, 1000, 2},
-    {"resting", 0, 0, 1000, 2},
+    {"idle", 1, kIdlePages, kIdleSleepMs, 2},
+    // A probe has ten seconds for all memory: not in batches.
+    {"resting", 0, 0, kIdleSleepMs, 2},
 };
 const Row& RowOf(State state) { return kRows[static_cast<std::size_t>(state)]; }
 
@@ -67,7 +72,10 @@ static_assert(IsPreset(kRows[0]));
 // Members say what they like: so much that nothing overflows.
 std::int64_t Pages(std::int64_t n) { return std::clamp<std::int64_t>(n, 0, std::int64_t{1} << 58); }
 
-std::int64_t Significant(const Tuner::Observation& seen) { return std::max(kLeastPages, seen.pages_tracked / kPart); }
+std::int64_t Significant(const Tuner::Observation& seen) {
+  const auto members = static_cast<std::int64_t>(std::min<std::size_t>(seen.members, 1 << 20));
+  return std::max(kLeastPages, std::min(seen.pages_tracked / kPart, kMostPagesAMember * members));
+}
 
 // available >= percent of total
 bool Has(const Pressure& pressure, std::uint64_t percent) {

@@ -6,6 +6,7 @@
 #include <new>
 #include <utility>
 
+#include "engine/tunables.h"
 #include "os/mappings.h"
 #include "os/thread.h"
 
@@ -574,7 +575,10 @@ void Runtime::ScannerLoop() {
       Park();
       continue;
     }
-    if (tunables_changed_.exchange(false, std::memory_order_acq_rel)) next_scan_at_ = 0, debt_ns_ = std::min<std::int64_t>(debt_ns_, 0);
+    if (tunables_changed_.exchange(false, std::memory_order_acq_rel)) {
+      next_scan_at_ = 0, debt_ns_ = std::min<std::int64_t>(debt_ns_, 0);
+      batch_pages_ = 0;  // what was read of a large one is many small ones
+    }
     if (settings_.run.load(std::memory_order_relaxed) == 1 && engine_->HasRegions()) {
       const std::uint64_t now = system_->NowNanoseconds();
       if (now >= next_scan_at_) {
@@ -661,7 +665,7 @@ void Runtime::Scan() {
   if (advised) limit = std::min(limit > 0 ? limit : 100, settings_.advisor_max_cpu.load(std::memory_order_relaxed));
   const Engine::StepResult step = engine_->Step();
   const std::uint64_t now = system_->NowNanoseconds();
-  batch_pages_ += step.pages_read;
+  batch_pages_ += static_cast<std::int64_t>(step.pages_read);
   const auto used = static_cast<std::int64_t>(system_->ThreadCpuNanoseconds() - cpu);
   steps_cpu_ns_ += used;
   if (advised && (step.pass_ended || settings_.advised_pages_to_scan.load(std::memory_order_relaxed) == 0)) {
@@ -680,9 +684,13 @@ void Runtime::Scan() {
     debt_ns_ = 0;
   }
   budget_at_ = now;
-  if (pages_to_scan > 0 && batch_pages_ >= static_cast<std::size_t>(pages_to_scan)) {
+  if (pages_to_scan <= 0) {
     batch_pages_ = 0;
-    sleep = std::max(sleep, sleep_millisecs * kMillisecond);
+  } else if (const std::int64_t batches = batch_pages_ / pages_to_scan; batches > 0) {
+    // A step reads up to 8 MiB: that may be many of them, and a part of the next one.
+    batch_pages_ %= pages_to_scan;
+    const std::int64_t milliseconds = std::min(batches * sleep_millisecs, kTunableRules[kTunable_sleep_millisecs].most);
+    sleep = std::max(sleep, milliseconds * kMillisecond);
   }
   rest_until_ = now + static_cast<std::uint64_t>(sleep);
   if (step.fruitful) news_sleep_ns_ = kNewsSleep;

@@ -214,7 +214,7 @@ class Runtime {
   std::int64_t breaks_at_pass_ = 0;
   bool promising_ = false;          // the next passes may pay, though this one did not
   std::uint64_t promising_until_ = 0;
-  std::size_t batch_pages_ = 0;
+  std::int64_t batch_pages_ = 0;  // read since the last sleep between batches, and not slept off
   std::int64_t debt_ns_ = INT64_MIN / 2;  // wall time still to be slept off for CPU time used; below 0: saved up
   std::uint64_t budget_at_ = 0;      // when that was reckoned last, ns
   std::uint64_t next_scan_at_ = 0, pass_ended_at_ = 0;

@@ -15,6 +15,12 @@ namespace ksmu::os {
 
 std::uint32_t ThisUser() { return geteuid(); }
 
+const char* OwnRuntimeDirectory(const char* named) {
+  struct stat status {};
+  const bool own = named && *named == '/' && raw::Repeat([&] { return stat(named, &status); }) == 0 && S_ISDIR(status.st_mode) && status.st_uid == geteuid();
+  return own ? named : nullptr;
+}
+
 // The first namespace maps all numbers to themselves, and has no unknown ones.
 bool SeesUnknownUsers() {
   const int fd = static_cast<int>(raw::Repeat([&] { return open("/proc/self/uid_map", O_RDONLY | O_CLOEXEC); }));

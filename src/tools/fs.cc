@@ -28,6 +28,7 @@
 #include <string>
 
 #include "os/channel.h"
+#include "os/users.h"
 #include "tools/fs_serve.h"
 #include "tools/notify.h"
 #include "tools/operator.h"
@@ -114,9 +115,9 @@ Options Parse(int argc, char** argv) {
 // --- the mount -------------------------------------------------------------------------------------------------------
 
 std::string DefaultDirectory() {
-  const char* const runtime = std::getenv("XDG_RUNTIME_DIR");
   if (geteuid() == 0) return "/run/ksmu/sys";
-  if (!runtime || *runtime != '/') Fail("XDG_RUNTIME_DIR is not set: say where to mount");
+  const char* const runtime = ksmu::os::OwnRuntimeDirectory(std::getenv("XDG_RUNTIME_DIR"));
+  if (!runtime) Fail("XDG_RUNTIME_DIR is not set, or is no directory of this user: say where to mount");
   return std::string(runtime) + "/ksmu/sys";
 }
 

@@ -50,7 +50,7 @@ constexpr const char* kUsage =
     "pages of different domains never meet.\n"
     "\n"
     "  --socket PATH    where it listens: $XDG_RUNTIME_DIR/ksmu/default.sock unless told otherwise, or\n"
-    "                   /run/ksmu/default.sock for root without such a directory\n"
+    "                   /run/ksmu/default.sock for root without such a directory of its own\n"
     "  --domain NAME    one more domain, shared by all who may connect to NAME.sock beside that; can be repeated\n"
     "  --mode OCTAL     who may connect to those: 660 by default if it runs as root, else 600\n"
     "  --max-frames N   no more shared pages than that, in all domains together: half of the memory by default\n"
@@ -262,10 +262,9 @@ class BoundSocket {
 
 // The default place. Its directory is made, if it is not there.
 std::string DefaultSocket() {
-  const char* const runtime = std::getenv("XDG_RUNTIME_DIR");
-  const bool own = runtime && *runtime == '/';
-  if (!own && geteuid() != 0) Fail("XDG_RUNTIME_DIR is not set: say where to listen by --socket");
-  const std::string directory = std::string(own ? runtime : "/run") + "/ksmu";
+  const char* const own = ksmu::os::OwnRuntimeDirectory(std::getenv("XDG_RUNTIME_DIR"));
+  if (!own && geteuid() != 0) Fail("XDG_RUNTIME_DIR is not set, or is no directory of this user: say where to listen by --socket");
+  const std::string directory = std::string(own ? own : "/run") + "/ksmu";
   const mode_t before = umask(0);
   const int made = mkdir(directory.c_str(), own ? 0700 : 0755);
   const int error = errno;

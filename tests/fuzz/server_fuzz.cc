@@ -5,6 +5,8 @@
 // that was asked, and never to a connection that has ended; a connection is ended for what its peer did, always for what is
 // wrong and never for what is right; a frame that was granted has the bytes that were asked for, and keeps them until nobody who
 // was ever given it can have it mapped; what is wanted of a member it has offered; nothing is open or kept when all have gone.
+// Some peers are operators, who look and set, beside a tuner: a member is told one thing at a time, what has been set is shown,
+// who may not set changes nothing, and who asks is answered within a second.
 //
 // An input is a byte of settings, then (peer, operation) pairs: three bits and five of a byte, then what the operation needs.
 
@@ -30,111 +32,21 @@
 #include <vector>
 
 #include "check.h"
-#include "content/content.h"
+#include "server_fuzz_operators.h"
+#include "server_fuzz_peers.h"
 
 namespace ksmu::broker {
 namespace {
 
+using namespace fuzzing;
 using fuzz::Input;
 using wire::Kind;
 using wire::Message;
-using wire::SettleEntry;
+using ControlKind = control::Kind;
 
-constexpr std::size_t kPage = 4096;
-constexpr std::uint64_t kSeed = 7;
 constexpr std::size_t kPeers = 8;
-constexpr std::size_t kSmallRing = 8;
 constexpr std::size_t kFewFrames = 150;  // of all domains, where that is limited
 
-// --- what peers have to send ---------------------------------------------------------------------------------------
-
-using PageBytes = std::array<std::byte, kPage>;
-
-// Of a place in the ring, which every peer fills alike, each content twice.
-std::uint32_t ContentOf(std::uint32_t place) { return place / 2; }
-PageBytes PageOf(std::uint32_t content) {
-  PageBytes page{};
-  std::memcpy(page.data(), &content, sizeof content);
-  std::memcpy(page.data() + kPage - sizeof content, &content, sizeof content);
-  return page;
-}
-std::uint64_t WholeHashOf(std::uint32_t content) {
-  static const auto hashes = [] {
-    std::array<std::uint64_t, wire::kRingPages> all;
-    for (std::uint32_t c = 0; c < all.size(); ++c) {
-      const PageBytes page = PageOf(c);
-      all[c] = content::Hash(page.data(), kPage, kSeed);
-    }
-    return all;
-  }();
-  return hashes.at(content);
-}
-std::uint32_t HashOfContent(std::uint32_t content) { return static_cast<std::uint32_t>(WholeHashOf(content) >> 32); }
-
-// Descriptors that come with a join. Made once: the same description is sent by all.
-enum RingKind : std::uint8_t { kRing, kRingOfFew, kUnsealed, kPipe, kNull, kRingKinds };
-int RingOf(unsigned kind) {
-  static const auto all = [] {
-    std::array<int, kRingKinds> fds{};
-    for (unsigned k : {kRing, kRingOfFew, kUnsealed}) {
-      const std::uint32_t pages = k == kRingOfFew ? kSmallRing : wire::kRingPages;
-      fds[k] = memfd_create("fuzz-ring", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-      FUZZ_CHECK(fds[k] >= 0 && ftruncate(fds[k], static_cast<off_t>(pages * kPage)) == 0, "a ring");
-      for (std::uint32_t place = 0; place < pages; ++place) {
-        const PageBytes page = PageOf(ContentOf(place));
-        FUZZ_CHECK(pwrite(fds[k], page.data(), kPage, static_cast<off_t>(place * kPage)) == static_cast<ssize_t>(kPage), "a ring's page");
-      }
-      if (k != kUnsealed) FUZZ_CHECK(fcntl(fds[k], F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) == 0, "a ring's seals");
-    }
-    int ends[2];
-    FUZZ_CHECK(pipe2(ends, O_CLOEXEC) == 0, "a pipe");
-    fds[kPipe] = ends[0];
-    fds[kNull] = open("/dev/null", O_RDWR | O_CLOEXEC);
-    return fds;
-  }();
-  return all[kind];
-}
-std::uint32_t PagesOf(unsigned kind) {
-  return kind == kRing ? wire::kRingPages : kind == kRingOfFew ? static_cast<std::uint32_t>(kSmallRing) : 0;
-}
-
-int Dup(int fd) {
-  const int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-  FUZZ_CHECK(copy >= 0, "a descriptor that was sent is open");
-  return copy;
-}
-
-// --- the model -----------------------------------------------------------------------------------------------------
-
-using Key = std::pair<std::uint32_t, std::uint32_t>;  // listener, user (of a listener with a name: 0)
-
-// What a process has got of its domain, and keeps when its connection ends.
-struct Belongings {
-  Key key;
-  Fd canary;
-  std::map<std::uint32_t, Fd> files;
-  std::map<Frame, std::uint32_t> held;  // and what is in them
-  std::set<Frame> covered;              // dropped, and mapped still
-};
-struct Question {
-  Kind kind;
-  std::uint32_t number;
-  std::uint32_t file = 0;
-  std::vector<SettleEntry> entries;
-  std::vector<bool> may_be_refused;  // each of them
-};
-struct Peer {
-  enum State { kNone, kStranger, kMember } state = kNone;
-  ConnId id = 0;
-  std::uint32_t listener = 0, uid = 0;
-  std::uint64_t since = 0;
-  std::uint32_t ring_pages = 0;
-  bool takes = true;    // the socket has room
-  bool refused = false;  // told so
-  std::optional<Question> question;
-  Belongings has;
-  std::map<std::uint32_t, std::size_t> may_want;  // hashes offered by it, and how often others have offered them since
-};
 // What a call may do to the peer that it is about.
 enum class Verdict { kStays, kEnds, kEither };
 
@@ -149,19 +61,28 @@ class Run final : public Outbox {
     config.log = [](Level, const std::string& line) { FUZZ_CHECK(!line.empty(), "a line that is logged says something"); };
     if (settings & 1) config.dispose = [](std::vector<Fd> fds) { FUZZ_CHECK(!fds.empty(), "something to close"); };
     if (settings & 4) config.most_frames = kFewFrames;
+    if (settings & 8) config.pressure = [this] { return pressure_; };
+    config.owner = kOwner;
     server_ = std::make_unique<Server>(std::move(config), *this);
     server_->AddListener("");
     server_->AddListener("a");
     server_->AddListener("b");
+    if (!(settings & 16)) {
+      Connect(auditor_, 0);
+      AskAsAuditor(ControlKind::kOperate);
+    }
   }
 
   void All(Input& input) {
     for (unsigned step = 1; !input.Done() && step < 400; ++step) {
       Step(input);
       CheckStatus();
+      if (step % 8 == 0) Audit();
       if (step % 16 == 0) CheckFrames();
     }
+    Audit();
     CheckFrames();
+    if (auditor_.id) server_->Disconnected(std::exchange(auditor_.id, 0));
     for (Peer& peer : peers_) {
       if (peer.state == Peer::kNone) continue;
       server_->Disconnected(peer.id);
@@ -192,6 +113,7 @@ class Run final : public Outbox {
     Peer* const peer = Find(id);
     FUZZ_CHECK(peer, "nothing is sent to a connection that has ended");
     FUZZ_CHECK(!peer->refused, "nothing is said after a refusal");
+    if (peer->state == Peer::kOperator || peer->asked) return SendToOperator(*peer, packet, bytes, count);
     FUZZ_CHECK(wire::Decode(packet, bytes, wire::Sender::kBroker, &in_) == nullptr, "what is sent is what a broker may send");
     if (!peer->takes) {
       sent_in_vain_ = id;
@@ -204,6 +126,11 @@ class Run final : public Outbox {
         FUZZ_CHECK(offered != peer->may_want.end() && offered->second > 0, "what is wanted it has offered, and it is there, or somebody else has offered it since");
         --offered->second;
       }
+      return true;
+    }
+    if (in_.header.kind == Kind::kTune || in_.header.kind == Kind::kAsk) {
+      FUZZ_CHECK(count == 0 && peer->state == Peer::kMember, "members are told, and without descriptors");
+      Told(*peer);
       return true;
     }
     FUZZ_CHECK(peer->question && peer->question->number == in_.header.number, "an answer is to the question that was asked");
@@ -230,6 +157,55 @@ class Run final : public Outbox {
         break;
     }
     return true;
+  }
+  bool SendToOperator(Peer& peer, const std::byte* packet, std::size_t bytes, std::size_t count) {
+    FUZZ_CHECK(count == 0 && control::Decode(packet, bytes, control::Sender::kBroker, &said_) == nullptr, "what is sent is what a broker may send an operator");
+    FUZZ_CHECK(peer.asked, "one answer to one question");
+    // What was kept is judged as of when it was said.
+    if (!peer.kept_since) {
+      CheckAnswer(*peer.asked, MayWrite(peer.uid), peer.own_domain, said_, now_);
+      answered_ = {said_.header.number, said_.kind() == ControlKind::kFailed};
+      if (said_.kind() == ControlKind::kWelcome) peer.own_domain = said_.welcome.own_domain, domains_.Note(peer.own_domain);
+      if (said_.kind() == ControlKind::kDomainsAre) CheckDomains();
+      if (said_.kind() == ControlKind::kMembersAre) CheckMembers();
+    }
+    if (!peer.takes) {
+      FUZZ_CHECK(!peer.kept_since, "an answer that is not taken is kept until it may be");
+      peer.kept_since = now_;
+      return false;
+    }
+    peer.kept_since.reset();
+    peer.asked.reset();
+    return true;
+  }
+  void CheckDomains() {
+    for (std::size_t i = 0; i < said_.header.count; ++i) {
+      const control::DomainEntry& entry = said_.domains[i];
+      domains_.Note(entry.domain);
+      wishes_.Check(entry);
+      FUZZ_CHECK(settings_ & 8 || !entry.tuner, "no tuner where there is none");
+      const auto is_its = [&](const Peer& p) { return p.state == Peer::kMember && NameOf(p.has.key) == control::NameOf(entry); };
+      FUZZ_CHECK(entry.members == static_cast<std::uint64_t>(std::count_if(peers_.begin(), peers_.end(), is_its)), "members of a domain");
+    }
+  }
+  void CheckMembers() {
+    for (std::size_t i = 0; i < said_.header.count; ++i) {
+      const Peer* const peer = Find(said_.members[i].pid);
+      FUZZ_CHECK(peer && peer->state == Peer::kMember && peer->uid == said_.members[i].uid, "a member that is there");
+    }
+  }
+  // A member, of tunables; or it is asked.
+  void Told(Peer& peer) {
+    if (in_.header.kind == Kind::kAsk) {
+      FUZZ_CHECK(!peer.ask_number, "one question after another");
+      peer.ask_number = in_.header.number;
+      peer.ask_from = in_.ask.from;
+      return;
+    }
+    FUZZ_CHECK(!peer.told_number, "who has not answered is told of nothing more");
+    peer.told_number = in_.header.number;
+    peer.told.assign(in_.tune.begin(), in_.tune.begin() + in_.header.count);
+    for (const wire::TuneEntry& e : peer.told) FUZZ_CHECK(!e.yields || (settings_ & 8 && IsTuners(e.tunable)), "the tuner's wishes yield, and nobody else's");
   }
   void Drop(ConnId id, const char* reason) override {
     Plenty plenty;
@@ -286,11 +262,13 @@ class Run final : public Outbox {
       return;
     }
     if (peer.state == Peer::kNone) {
-      Connect(peer, input);
+      Connect(peer, input.Byte());
+      if (what == 1) return Ask(peer, ControlKind::kOperate, input);
       // Most join at once.
       if (what >= 2) AskToJoin(peer, kRing, wire::kRingPages);
       return;
     }
+    if (peer.state == Peer::kOperator) return ActAsOperator(peer, what, input);
     Act(peer, what, input);
     // As members do; to look into frames they need it.
     for (const auto& [frame, content] : peer.has.held) {
@@ -323,12 +301,64 @@ class Run final : public Outbox {
       case 22: peer.takes = false; return;
       case 23: case 24: return MakeWritable(peer);
       case 25: return Ghostly(peer, input);
+      case 26:
+        if (peer.state == Peer::kStranger) return Ask(peer, ControlKind::kOperate, input);
+        MakeTuned(&out_, peer, input.Byte());
+        return Post(peer, out_, {});
+      case 27: {
+        const std::uint8_t first = input.Byte();
+        if (first & 8) MakeReport(&out_, first, input.Byte());
+        else MakeTold(&out_, peer, first);
+        return Post(peer, out_, {});
+      }
       default: return Call(peer, Verdict::kStays, [&] { server_->Flush(); });
     }
   }
 
-  void Connect(Peer& peer, Input& input) {
-    const std::uint8_t how = input.Byte();
+  void ActAsOperator(Peer& peer, unsigned what, Input& input) {
+    switch (what) {
+      case 2: return Ask(peer, ControlKind::kOperate, input);
+      case 3: case 4: case 5: return Ask(peer, ControlKind::kDomains, input);
+      case 6: case 7: return Ask(peer, ControlKind::kMembers, input);
+      case 16: case 17: return Ask(peer, ControlKind::kExplain, input);
+      case 18: return Ask(peer, ControlKind::kLimit, input);
+      case 19: return Ask(peer, ControlKind::kDefaults, input);
+      case 0: case 1: case 20: case 21: case 22: case 23: case 24: case 25: case 28: return Act(peer, what, input);
+      default: return Ask(peer, ControlKind::kSet, input);
+    }
+  }
+  void Ask(Peer& peer, ControlKind kind, Input& input) {
+    if (kind == ControlKind::kOperate) {
+      const std::uint8_t how = input.Byte();
+      asking_.header = control::MakeHeader(kind, 1, ++numbers_);
+      asking_.operate = {control::kVersion + (how == 255), how == 254};
+    } else {
+      MakeQuestion(&asking_, kind, ++numbers_, static_cast<std::uint32_t>(peers_[input.Byte() % kPeers].id), domains_, input);
+    }
+    last_ = Asking();
+    Deliver(peer, last_, {});
+  }
+  std::vector<std::byte> Asking() const {
+    std::vector<std::byte> packet(control::kMaxPacket);
+    packet.resize(control::Encode(asking_, packet.data()));
+    return packet;
+  }
+
+  // One of root's, who looks at everything now and then.
+  void Audit() {
+    for (std::uint64_t after = 0; auditor_.id; after = said_.domains[said_.header.count - 1].domain) {
+      AskAsAuditor(ControlKind::kDomains, after);
+      if (said_.header.count == 0) return;
+    }
+  }
+  void AskAsAuditor(ControlKind kind, std::uint64_t word = 0) {
+    asking_.header = control::MakeHeader(kind, 1, ++numbers_);
+    asking_.operate = {};
+    asking_.word = word;
+    Deliver(auditor_, Asking(), {});
+  }
+
+  void Connect(Peer& peer, std::uint8_t how) {
     peer = Peer{};
     peer.id = ++ids_;
     peer.listener = how % 3;
@@ -469,6 +499,7 @@ class Run final : public Outbox {
     Deliver(peer, packet, std::move(fds));
   }
   void Deliver(Peer& peer, const std::vector<std::byte>& packet, std::vector<Fd> fds) {
+    if (IsForOperators(peer, packet)) return DeliverForOperators(peer, packet, std::move(fds));
     FUZZ_CHECK(server_->MayRead(peer.id) == !peer.question, "who waits for an answer is not read from, and everybody else is");
     if (peer.question) return;
     // Of its very size.
@@ -479,6 +510,33 @@ class Run final : public Outbox {
     if (peer.state == Peer::kNone || !peer.question) return;
     FUZZ_CHECK(!peer.takes && sent_in_vain_ == peer.id, "a question is answered at once, where the socket takes the answer");
     FUZZ_CHECK(!server_->MayRead(peer.id) && server_->WantsToWrite(peer.id), "an answer is kept that the socket does not take");
+  }
+  void DeliverForOperators(Peer& peer, const std::vector<std::byte>& packet, std::vector<Fd> fds) {
+    FUZZ_CHECK(server_->MayRead(peer.id) == !peer.kept_since, "who has not taken an answer is not read from");
+    if (peer.kept_since) return;
+    const std::unique_ptr<std::byte[]> exact(new std::byte[packet.size()]);
+    std::copy(packet.begin(), packet.end(), exact.get());
+    const bool good = control::Decode(exact.get(), packet.size(), control::Sender::kOperator, &question_) == nullptr && fds.empty();
+    const ControlKind kind = good ? question_.kind() : ControlKind{};
+    const bool begins = kind == ControlKind::kOperate;
+    // Another rule about nodes would let all members go.
+    if (kind == ControlKind::kSet && question_.set.tunable == engine::kTunable_merge_across_nodes && question_.set.value == 0) return;
+    Verdict verdict = Verdict::kEnds;
+    if (good && begins == (peer.state == Peer::kStranger) && !peer.asked) {
+      const Peer* const member = kind == ControlKind::kExplain ? Find(question_.explain.pid) : nullptr;
+      peer.asked = NoteQuestion(question_, peer.uid, member && member->state == Peer::kMember ? std::optional(member->uid) : std::nullopt, now_);
+      if (!begins || !peer.asked->must_fail) verdict = Verdict::kStays, peer.state = Peer::kOperator;
+    }
+    const ConnId id = peer.id;
+    answered_ = {};
+    Call(peer, verdict, [&] { server_->Received(id, exact.get(), packet.size(), std::move(fds)); });
+    if (peer.state == Peer::kNone) return;
+    FUZZ_CHECK(!peer.asked || peer.kept_since || !peer.asked->must_fail, "what must not be is refused at once");
+    const bool is_answered = answered_.number == question_.header.number;
+    FUZZ_CHECK(is_answered || kind == ControlKind::kSet || kind == ControlKind::kExplain, "what needs no member is answered at once");
+    if (is_answered && answered_.failed) return;
+    if (kind == ControlKind::kSet) wishes_.Note(question_.set);
+    if (kind == ControlKind::kLimit) limit_changed_ = true;
   }
   // What must come of a packet; the peer's side of it is noted.
   Verdict Foresee(Peer& peer, const std::byte* packet, std::size_t bytes, std::size_t descriptors) {
@@ -496,6 +554,14 @@ class Run final : public Outbox {
     if (descriptors != 0) return Verdict::kEnds;
     switch (header.kind) {
       case Kind::kReport: return Verdict::kStays;
+      case Kind::kTuned:
+        if (!peer.told_number || header.number != peer.told_number) return Verdict::kEnds;
+        peer.told_number = 0, peer.told.clear();
+        return Verdict::kStays;
+      case Kind::kTold:
+        if (!peer.ask_number || header.number != peer.ask_number || (header.count && in_.regions[0].end <= peer.ask_from)) return Verdict::kEnds;
+        peer.ask_number = 0;
+        return Verdict::kStays;
       case Kind::kFile: {
         peer.question = Question{header.kind, header.number, in_.words[0], {}, {}};
         const auto in_file = [&](const auto& frame) { return frame.first / wire::kFramesPerFile == in_.words[0]; };
@@ -506,9 +572,9 @@ class Run final : public Outbox {
         Question question{header.kind, header.number, 0, {in_.settle.begin(), in_.settle.begin() + header.count}, {}};
         for (const SettleEntry& e : question.entries) {
           const bool acquires = e.what == SettleEntry::kAcquire;
-          good &= acquires || (e.place < peer.ring_pages && HashOfContent(ContentOf(e.place)) == e.hash);
+          good &= acquires || (e.place < peer.ring_pages && e.node == 0 && HashOfContent(ContentOf(e.place)) == e.hash);
           if (good && !acquires) published_.emplace(peer.has.key, e.hash);
-          question.may_be_refused.push_back(acquires ? !IsHeld(peer.has.key, e) : starving_ || settings_ & 4);
+          question.may_be_refused.push_back(acquires ? !IsHeld(peer.has.key, e) : starving_ || settings_ & 4 || limit_changed_);
         }
         peer.question = std::move(question);
         return good ? Verdict::kStays : Verdict::kEnds;
@@ -554,7 +620,7 @@ class Run final : public Outbox {
   void MakeWritable(Peer& peer) {
     peer.takes = true;
     Call(peer, Verdict::kStays, [&] { server_->Writable(peer.id); });
-    FUZZ_CHECK(!peer.question && !server_->WantsToWrite(peer.id), "what was kept is sent as soon as it is taken");
+    FUZZ_CHECK(!peer.question && !peer.kept_since && !server_->WantsToWrite(peer.id), "what was kept is sent as soon as it is taken");
   }
   // The connection is no more; the process may be, or its children.
   void End(Peer& peer) {
@@ -568,7 +634,11 @@ class Run final : public Outbox {
     ghosts_.erase(std::next(ghosts_.begin(), which % static_cast<std::ptrdiff_t>(ghosts_.size())));
     unseen_ = true;
   }
-  void Time(Input& input) { Tick(std::uint64_t{input.Byte()} * 50'000'000); }
+  void Time(Input& input) {
+    const std::uint8_t how = input.Byte();
+    pressure_ = PressureOf(how);
+    Tick(std::uint64_t{how} * 50'000'000);
+  }
   void Tick(std::uint64_t by) {
     now_ += by;
     ticking_ = true;
@@ -576,32 +646,34 @@ class Run final : public Outbox {
     // As often as it asks for: what is much is done in parts.
     for (int parts = 0; next <= now_; ++parts) {
       FUZZ_CHECK(parts < 64, "there is an end to what is due now");
+      server_->Flush();
       next = server_->Tick(now_);
     }
     ticking_ = false;
     FUZZ_CHECK(next <= now_ + Server::kSecond, "when the next tick is due");
-    for (const Peer& peer : peers_) FUZZ_CHECK(peer.state == Peer::kNone || !IsLate(peer), "strangers do not stay");
+    for (const Peer& peer : peers_) FUZZ_CHECK(peer.state == Peer::kNone || !IsLate(peer), "strangers do not stay, nor who takes no answer");
+    for (const Peer& peer : peers_) FUZZ_CHECK(!peer.asked || peer.kept_since || now_ < peer.asked->since + Server::kAnswerWithin, "who asks is answered within a second");
     if (by > 2 * Server::kSecond) unseen_ = false;
   }
-  bool IsLate(const Peer& peer) const { return peer.state == Peer::kStranger && peer.since + Server::kJoinWithin <= now_; }
+  bool IsLate(const Peer& peer) const {
+    if (peer.state == Peer::kOperator) return peer.kept_since && *peer.kept_since + Server::kTakesWithin <= now_;
+    return peer.state == Peer::kStranger && peer.since + Server::kJoinWithin <= now_;
+  }
 
   // --- what always holds ---
   void CheckStatus() {
     std::map<std::string, std::pair<std::size_t, std::size_t>> expected;  // members, ghosts
     std::map<std::string, std::set<Frame>> frames;
-    const auto name = [](const Key& key) {
-      return key.first == 0 ? "default/" + std::to_string(key.second) : std::string(key.first == 1 ? "a" : "b");
-    };
-    std::size_t connected = 0;
+    std::size_t connected = auditor_.id != 0;
     for (const Peer& peer : peers_) {
       connected += peer.state != Peer::kNone;
       if (peer.state != Peer::kMember) continue;
-      ++expected[name(peer.has.key)].first;
-      for (const auto& [frame, content] : peer.has.held) frames[name(peer.has.key)].insert(frame);
+      ++expected[NameOf(peer.has.key)].first;
+      for (const auto& [frame, content] : peer.has.held) frames[NameOf(peer.has.key)].insert(frame);
     }
     for (const Belongings& ghost : ghosts_) {
-      ++expected[name(ghost.key)].second;
-      for (const auto& [frame, content] : ghost.held) frames[name(ghost.key)].insert(frame);
+      ++expected[NameOf(ghost.key)].second;
+      for (const auto& [frame, content] : ghost.held) frames[NameOf(ghost.key)].insert(frame);
     }
     FUZZ_CHECK(server_->connections() == connected, "every connection is known");
     std::size_t all = 0;
@@ -614,7 +686,7 @@ class Run final : public Outbox {
       FUZZ_CHECK(status.frames >= frames[status.name].size() && status.places >= status.frames, "what somebody holds is live");
       expected.erase(status.name);
     }
-    FUZZ_CHECK(!(settings_ & 4) || all <= kFewFrames, "no more frames than are allowed");
+    FUZZ_CHECK(!(settings_ & 4) || limit_changed_ || all <= kFewFrames, "no more frames than are allowed");
     for (const auto& [domain, counts] : expected) FUZZ_CHECK(counts == std::make_pair(std::size_t{0}, std::size_t{0}), "a domain of members is there");
   }
   void CheckFrames() {
@@ -648,6 +720,7 @@ class Run final : public Outbox {
   Peer* Find(ConnId id) {
     static Peer stranger;
     if (all_strangers_) return &stranger;
+    if (id && id == auditor_.id) return &auditor_;
     const auto at = std::find_if(peers_.begin(), peers_.end(), [&](const Peer& p) { return p.state != Peer::kNone && p.id == id; });
     return at == peers_.end() ? nullptr : &*at;
   }
@@ -690,11 +763,20 @@ class Run final : public Outbox {
   std::bitset<kLooked> open_before_;
   std::unique_ptr<Server> server_;
   std::array<Peer, kPeers> peers_;
+  Peer auditor_;
   std::list<Belongings> ghosts_;
   std::set<std::pair<Key, std::uint32_t>> published_;  // ever
   bool unseen_ = false;  // a ghost has gone, and the server may not have looked yet
   bool starving_ = false, ticking_ = false, all_strangers_ = false;
   unsigned room_ = 0, joins_with_ = 0;
+  Wishes wishes_;
+  Domains domains_;  // that operators have seen
+  Pressure pressure_;
+  bool limit_changed_ = false;  // of frames
+  struct {
+    std::uint32_t number = 0;
+    bool failed = false;
+  } answered_;  // the operator's question that was answered last
   Peer* about_ = nullptr;
   Verdict verdict_ = Verdict::kStays;
   ConnId ids_ = 0, sent_in_vain_ = 0;
@@ -702,6 +784,7 @@ class Run final : public Outbox {
   std::uint64_t now_ = 0;
   std::vector<std::byte> last_;
   Message in_, out_;
+  control::Message asking_, question_, said_;  // made; as received; answered
 };
 
 }  // namespace
