@@ -306,6 +306,8 @@ def with_members(tree, broker, both, shim):
         kernel = re.sub(r"-?\d+|yes|no", "_", f.read())
     check("as the kernel's ksm_stat", not kernel or re.sub(r"-?\d+|yes|no", "_", tree.read(one + "ksm_stat")) == kernel, (tree.read(one + "ksm_stat"), kernel))
     check("merging pages", re.search(r"^ksm_merging_pages (\d+)$", tree.read(one + "ksm_stat"), re.M)[1] == str(PAGES * 7 // 8), tree.read(one + "ksm_stat"))
+    profit = re.search(r"^ksm_process_profit (-?\d+)$", tree.read(one + "ksm_stat"), re.M)
+    check("profit of a member", profit and int(profit[1]) > 0, tree.read(one + "ksm_stat"))
     check("regions", re.search(rf"^{a.start[2:]}-[0-9a-f]+ merged {PAGES * 7 // 8} zero {PAGES // 8} ", tree.read(one + "regions"), re.M), tree.read(one + "regions"))
     modes = [os.stat(tree.ksm + one + name).st_mode & 0o777 for name in ("ksm_stat", "regions", "unmerged")]
     check("a member's files are for its user", modes == [0o400] * 3, modes)

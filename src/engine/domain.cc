@@ -30,6 +30,7 @@ void Runtime::TendDomain() {
       Sentence s;
       s << "the broker has gone, or does not answer: what it gave stays merged, and merging goes on in this process alone";
       log_.Say(Log::kDomain, KSMU_LOG_WARNING, s, now);
+      warned_of_domain_ = true;
     }
   } else if (source_) {
     if (now >= tell_at_) TellDomain(now);
@@ -62,7 +63,9 @@ void Runtime::TendDomain() {
   Sentence s;
   if (source_) s << "a broker's domain has been joined";
   else s << "merging goes on in this process alone: " << why;
-  log_.Say(Log::kDomain, source_ ? KSMU_LOG_INFO : KSMU_LOG_WARNING, s, now);
+  // Who has been warned is told that it is over.
+  log_.Say(Log::kDomain, source_ && !warned_of_domain_ ? KSMU_LOG_INFO : KSMU_LOG_WARNING, s, now);
+  warned_of_domain_ = !source_;
 }
 
 void Runtime::GiveUpJoining() {

@@ -229,6 +229,7 @@ class Runtime {
   frames::Source* source_ = nullptr;
   std::array<Former, 8> formers_{};
   std::uint64_t join_at_ = 0, formers_at_ = 0;
+  bool warned_of_domain_ = false;
   std::int64_t join_wait_ns_ = 0, join_look_ns_ = 0;
   std::uint64_t tell_at_ = 0;
   frames::Source::Report told_domain_;

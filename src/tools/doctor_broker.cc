@@ -46,7 +46,7 @@ bool IsStrangersPlace(const std::string& path, Finding* finding) {
   return true;
 }
 
-Finding Look(const char* path, bool asked_for, bool* nobody) {
+Finding Look(const char* path, bool asked_for, const std::string& domain, bool* nobody) {
   Finding place{};
   const bool suspicious = IsStrangersPlace(path, &place);
   if (suspicious && place.level == Level::kProblem) return place;
@@ -54,12 +54,14 @@ Finding Look(const char* path, bool asked_for, bool* nobody) {
   std::uint32_t user = 0;
   os::ErrorText why;
   const int error = Member::Reach(path, &channel, &user, &why);
-  const std::string start = std::string("ksmud --socket ") + path + " &";
+  // A socket's name alone does not make a domain.
+  const std::string start = domain.empty() ? std::string("ksmud --socket ") + path + " &" : "ksmud --domain " + domain + " &";
+  const std::string service = domain.empty() ? "systemctl start ksmud" : "systemctl enable --now ksmud@" + domain + ".socket, and ksmud started anew,";
   *nobody = error == -ENOENT || error == -ECONNREFUSED;
   if (*nobody) {
     return {"broker", asked_for ? Level::kProblem : Level::kWarning,
             std::string(path) + ": " + why.text + (asked_for ? "" : ", so each process is merged by itself alone"),
-            (asked_for ? start : std::string("ksmud &")) + ", or systemctl start ksmud where it is a service"};
+            (asked_for ? start : std::string("ksmud &")) + ", or " + service + " where it is a service"};
   }
   if (error == -EPERM && user != 0) {
     return {"broker", Level::kProblem,
@@ -86,6 +88,8 @@ void CheckBroker(const std::string& socket, const std::string& domain, Findings*
     findings->push_back({"broker", Level::kProblem, wrong, "correct --socket and --domain, or KSMU_BROKER and KSMU_DOMAIN"});
     return;
   }
+  const char* const from_environment = std::getenv("KSMU_DOMAIN");
+  const std::string in_domain = named && *named ? "" : !domain.empty() ? domain : from_environment ? from_environment : "";
   if (!door.has_choice()) {
     findings->push_back({"broker", Level::kOk, "none is wanted (\"none\"): each process is merged by itself alone", ""});
     return;
@@ -94,7 +98,7 @@ void CheckBroker(const std::string& socket, const std::string& domain, Findings*
   Finding first{};
   for (std::size_t i = 0; i < BrokerDoor::kCandidates && door.path(i)[0]; ++i) {
     bool nobody = false;
-    const Finding finding = Look(door.path(i), door.asked_for(), &nobody);
+    const Finding finding = Look(door.path(i), door.asked_for(), in_domain, &nobody);
     if (i == 0 || !nobody) first = finding;
     if (!nobody) break;
   }

@@ -311,11 +311,13 @@ int Tree::ReadMember(std::uint32_t pid, std::uint32_t file, std::uint32_t asker,
   const auto counter = [&](std::string_view name) { return CounterOf(member.entry, name); };
   const auto line = [&](std::string_view name, std::int64_t value) { *text += std::string(name) + " " + std::to_string(value) + "\n"; };
   if (file == kStat) {
-    // As /proc/PID/ksm_stat.
+    // As /proc/PID/ksm_stat. A process's profit counts all that it maps merged, whoever made the frames: as the kernel reckons it.
+    const auto profit = BoundedPages(counter("pages_merged") + counter("ksm_zero_pages")) * static_cast<std::int64_t>(Broker().page_bytes()) -
+                        counter("metadata_bytes") - kBytesPerMapping * BoundedPages(counter("maps_used"));
     line("ksm_rmap_items", counter("pages_tracked"));
     line("ksm_zero_pages", counter("ksm_zero_pages"));
     line("ksm_merging_pages", counter("pages_merged"));
-    line("ksm_process_profit", counter("general_profit"));
+    line("ksm_process_profit", profit);
     *text += "ksm_merge_any: no\n";
     *text += counter("regions") ? "ksm_mergeable: yes\n" : "ksm_mergeable: no\n";
   } else if (file == kUnmerged) {

@@ -121,12 +121,14 @@ Operator::Operator(const OperatorOptions& options) : options_(options), out_(std
   if (const char* wrong = door.Choose(socket ? path.c_str() : nullptr, domain, std::getenv("XDG_RUNTIME_DIR"))) throw Failed{kUsage, wrong};
   if (!door.has_choice()) throw Failed{kNoBroker, "KSMU_BROKER is \"none\": say which by --socket"};
   int error = -ENOENT;
+  std::string nowhere;
   for (std::size_t i = 0; i < broker::BrokerDoor::kCandidates && door.path(i)[0] && (error == -ENOENT || error == -ECONNREFUSED); ++i) {
     path_ = door.path(i);
     error = channel_.Connect(door.path(i));
+    if (error) nowhere += (nowhere.empty() ? "" : "; ") + path_ + ": no broker listens there (" + std::strerror(-error) + ")";
   }
   if (error == -EACCES || error == -EPERM) throw Failed{kNotPermitted, path_ + ": this user may not connect to it"};
-  if (error) throw Failed{kNoBroker, path_ + ": no broker listens there (" + std::strerror(-error) + ")"};
+  if (error) throw Failed{kNoBroker, nowhere + "; ksmuctl doctor says how to mend it"};
   out_->header = MakeHeader(Kind::kOperate, 1, 0);
   out_->operate = {kVersion, 0};
   welcome_ = Ask(Kind::kWelcome, WordsFor).welcome;

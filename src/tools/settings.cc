@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "engine/tunables.h"
+#include "tools/balance.h"
 #include "tools/commands.h"
 #include "tools/operator.h"
 #include "tools/output.h"
@@ -45,10 +46,26 @@ int Tell(const OperatorOptions& options, const SetEntry& done) {
   return done.refused ? kRefused : done.silent ? kNoAnswer : 0;
 }
 
+std::int64_t RunOf(Operator& op, std::uint32_t domain, std::uint32_t pid) {
+  if (pid) {
+    for (const MemberEntry& member : op.Members(domain, pid)) return member.tunables[engine::kTunable_run];
+    return 2;  // it has left: nothing of it is merged
+  }
+  for (const DomainEntry& entry : op.Domains()) {
+    if (entry.domain == domain) return entry.tunables[engine::kTunable_run];
+  }
+  return 2;
+}
+
 // Until nothing of it is merged any more, or it is said why not.
 int WaitUntilUnmerged(Operator& op, std::uint32_t domain, std::uint32_t pid) {
   int error;
   while ((error = op.Unmerging(domain, pid)) == EINPROGRESS) usleep(kLookMs * 1000);
+  // Somebody else's `run 1` ends it as well.
+  if (const std::int64_t run = RunOf(op, domain, pid); run != 2) {
+    std::fprintf(stderr, "ksmuctl: run was set to %lld meanwhile: not everything was unmerged\n", static_cast<long long>(run));
+    return kRefused;
+  }
   const int status = error ? kRefused : 0;
   if (status) {
     for (const MemberEntry& member : op.Members(domain, pid)) {
@@ -60,11 +77,23 @@ int WaitUntilUnmerged(Operator& op, std::uint32_t domain, std::uint32_t pid) {
   return status;
 }
 
+// Who sees more than one domain may take this for all of them, as KSM's run is.
+void NameOthers(const OperatorOptions& options, Operator& op, const DomainEntry& set) {
+  if (options.user >= 0 || !options.domain.empty()) return;
+  std::string others;
+  for (const DomainEntry& domain : op.Domains()) {
+    if (domain.domain != set.domain && domain.members) others += (others.empty() ? "" : ", ") + std::string(NameOf(domain)) + " (" + std::to_string(domain.members) + ")";
+  }
+  if (others.empty()) return;
+  std::fprintf(stderr, "ksmuctl: set for %s alone; members are in %s as well: --user UID, or KSM's file run in ksmu-fs's tree for all\n", std::string(NameOf(set)).c_str(), others.c_str());
+}
+
 int Set(const OperatorOptions& options, const Arguments& arguments, const std::string& pid, std::uint32_t tunable, std::int64_t value, bool wait) {
   const std::uint32_t process = pid.empty() ? 0 : ParsePid(arguments, pid);
   Operator op(options);
   const DomainEntry domain = process ? op.DomainOf(process) : op.Domain();
   const int status = Tell(options, op.Set(domain.domain, process, tunable, value));
+  if (!process && tunable == engine::kTunable_run) NameOthers(options, op, domain);
   if (status || !wait || tunable != engine::kTunable_run || value != 2) return status;
   return WaitUntilUnmerged(op, domain.domain, process);
 }
@@ -118,7 +147,18 @@ int RunGet(int argc, char** argv) {
     const std::uint32_t process = pid.empty() ? 0 : ParsePid(arguments, pid);
     Operator op(options);
     if (!process) {
-      Print(options, op.Domain(), name);
+      // Members count frames of the broker's as shared by each of them; of a domain each is there once.
+      DomainEntry domain = op.Domain();
+      const auto put = [&](std::string_view counter, std::int64_t value) {
+        const auto& names = CounterNames();
+        domain.counters[static_cast<std::size_t>(std::find(names.begin(), names.end(), counter) - names.begin())] = value;
+      };
+      const auto frames = static_cast<std::int64_t>(domain.frames);
+      const std::int64_t merged = CounterOf(domain, "pages_merged"), profit = BalanceOf(domain, op.page_bytes()).net;
+      put("pages_shared", frames);
+      put("pages_sharing", std::max<std::int64_t>(merged - frames, 0));
+      put("general_profit", profit);
+      Print(options, domain, name);
       return 0;
     }
     const auto members = op.Members(op.DomainOf(process).domain, process);
