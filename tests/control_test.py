@@ -197,8 +197,10 @@ def with_members(broker, both, shim):
     status = broker.json("status")[0]
     check("saved", status["saved_bytes"] == (status["counters"]["pages_merged"] - status["frames"] + status["counters"]["ksm_zero_pages"]) * status["page_bytes"] > 0, status)
     # By KSM's names, of the domain: each frame is there once.
-    check("get of the domain", wait_for(lambda: [broker.value("pages_shared"), broker.value("pages_sharing")] ==
-                                        [str(n) for n in (lambda d: (d["frames"], d["counters"]["pages_merged"] - d["frames"]))(broker.json("status")[0])]), broker.ctl("get"))
+    def agrees():
+        now = broker.json("status")[0]
+        return [broker.value("pages_shared"), broker.value("pages_sharing")] == [str(now["frames"]), str(now["counters"]["pages_merged"] - now["frames"])]
+    check("get of the domain", wait_for(agrees), broker.ctl("get"))
     check("by whom", sorted(m["pid"] for m in status["members"]) == sorted([a.pid, b.pid]), status)
     text = broker.ctl("status")[1]
     check("for people", all(word in text for word in ("saved", "cost", "by whom", "not merged", str(a.pid))), text)

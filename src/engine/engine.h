@@ -106,9 +106,9 @@ class Engine {
     bool eager = false;          // and something is to be looked at again at once
   };
   StepResult Step();
-  // Called in the middle of long work, between two merges: may read, must not change anything.
   // Whether calls that change attributes of mappings are told to us: the program runs under the shim.
   void SetSeesCalls(bool sees) { sees_calls_ = sees; }
+  // Called in the middle of long work, between two merges: may read, must not change anything.
   void SetPoll(void (*poll)(void*), void* cookie) { poll_ = poll, poll_cookie_ = cookie; }
   // Sees to it that discarded pages of the span read as zeros without anybody answering their faults.
   void FillMarked(Span span);

@@ -82,14 +82,13 @@ Finding Look(const char* path, bool asked_for, const std::string& domain, bool* 
 
 void CheckBroker(const std::string& socket, const std::string& domain, Findings* findings) {
   const char* const named = socket.empty() ? std::getenv("KSMU_BROKER") : socket.c_str();
+  const char* const asked = domain.empty() ? std::getenv("KSMU_DOMAIN") : domain.c_str();
   BrokerDoor door;
-  if (const char* wrong =
-          door.Choose(named, domain.empty() ? std::getenv("KSMU_DOMAIN") : domain.c_str(), std::getenv("XDG_RUNTIME_DIR"))) {
+  if (const char* wrong = door.Choose(named, asked, std::getenv("XDG_RUNTIME_DIR"))) {
     findings->push_back({"broker", Level::kProblem, wrong, "correct --socket and --domain, or KSMU_BROKER and KSMU_DOMAIN"});
     return;
   }
-  const char* const from_environment = std::getenv("KSMU_DOMAIN");
-  const std::string in_domain = named && *named ? "" : !domain.empty() ? domain : from_environment ? from_environment : "";
+  const std::string in_domain = asked && !(named && *named) ? asked : "";
   if (!door.has_choice()) {
     findings->push_back({"broker", Level::kOk, "none is wanted (\"none\"): each process is merged by itself alone", ""});
     return;

@@ -312,8 +312,7 @@ int Tree::ReadMember(std::uint32_t pid, std::uint32_t file, std::uint32_t asker,
   const auto line = [&](std::string_view name, std::int64_t value) { *text += std::string(name) + " " + std::to_string(value) + "\n"; };
   if (file == kStat) {
     // As /proc/PID/ksm_stat. A process's profit counts all that it maps merged, whoever made the frames: as the kernel reckons it.
-    const auto profit = BoundedPages(counter("pages_merged") + counter("ksm_zero_pages")) * static_cast<std::int64_t>(Broker().page_bytes()) -
-                        counter("metadata_bytes") - kBytesPerMapping * BoundedPages(counter("maps_used"));
+    const auto profit = BoundedPages(counter("pages_merged") + counter("ksm_zero_pages")) * static_cast<std::int64_t>(Broker().page_bytes()) - CostOf(member.entry);
     line("ksm_rmap_items", counter("pages_tracked"));
     line("ksm_zero_pages", counter("ksm_zero_pages"));
     line("ksm_merging_pages", counter("pages_merged"));

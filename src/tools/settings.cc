@@ -48,8 +48,8 @@ int Tell(const OperatorOptions& options, const SetEntry& done) {
 
 std::int64_t RunOf(Operator& op, std::uint32_t domain, std::uint32_t pid) {
   if (pid) {
-    for (const MemberEntry& member : op.Members(domain, pid)) return member.tunables[engine::kTunable_run];
-    return 2;  // it has left: nothing of it is merged
+    const auto members = op.Members(domain, pid);
+    return members.empty() ? 2 : members[0].tunables[engine::kTunable_run];  // who has left has nothing merged
   }
   for (const DomainEntry& entry : op.Domains()) {
     if (entry.domain == domain) return entry.tunables[engine::kTunable_run];
